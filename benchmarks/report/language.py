@@ -116,7 +116,8 @@ def recipe_grid(recipe: RecipeRuns) -> Grid:
         left=1,
     )
     for cell in recipe.scores:
-        row = [algorithm_label(cell.algo), str(len(cell.runs)), f"{cell.mean:.3f}"]
+        mean = grid.marked(f"{cell.mean:.3f}", [*cell.differences()])
+        row = [algorithm_label(cell.algo), str(len(cell.runs)), mean]
         row += [interval_text(cell.interval, digits=3), str(_first(cell, "steps"))]
         row += map(number_text, _weights(cell))
         grid.rows.append([*row, f"{cell.cpu_seconds:,.0f}"])

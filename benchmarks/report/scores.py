@@ -222,16 +222,20 @@ class Cell:
         return float(np.mean([sum(run.result.get(key, 0.0) for key in keys) for run in self.runs]))
 
     def differences(self) -> Iterator[str]:
-        """What only some seeds recorded, and versions in which they differ; empty as a rule."""
+        """Sentences on what only some seeds recorded, and on versions in which they differ.
+
+        As a rule there is none.
+        """
         whole = [run for run in self.runs if run.config]
         if lacking := [str(run.seed) for run in self.runs if whole and not run.config]:
-            yield f"their settings ({CONFIG} is missing: seed {', '.join(lacking)})"
+            missing = f"{CONFIG} is missing: seed {', '.join(lacking)}"
+            yield f"Seeds differ in their settings ({missing})."
         every = [dict(leaves({"versions": run.versions})) | _settings(run) for run in whole]
         every = [{key: value for key, value in each.items() if value is not None} for each in every]
         for key in dict.fromkeys(itertools.chain(*every)):
             values = [json.dumps(each[key]) if key in each else "not recorded" for each in every]
             if len(distinct := dict.fromkeys(values)) > 1:
-                yield f"{key} ({', '.join(distinct)})"
+                yield f"Seeds differ in {key} ({', '.join(distinct)})."
 
 
 def curve_of(run: RecordedRun) -> dict[str, list[float | None]]:

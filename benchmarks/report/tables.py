@@ -148,7 +148,7 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     notes += _few_decide(cell)
     if cell.score_key == scores.RETURN:
         notes.append(_RETURN)
-    notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
+    notes += cell.differences()
     notes += [cell.note] if cell.note else []
     row = [
         f"{count} of {count + cut_off}" if cut_off else str(count),

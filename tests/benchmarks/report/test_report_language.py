@@ -16,7 +16,13 @@ import scipy.stats
 from benchmarks.llm.options import ALGORITHMS, NAMES, recorded
 from benchmarks.llm.recipes.chat import RECIPE
 from benchmarks.report.__main__ import main
-from benchmarks.report.language import difference_grid, evaluation_grid, read_recipes, summary
+from benchmarks.report.language import (
+    difference_grid,
+    evaluation_grid,
+    read_recipes,
+    recipe_grid,
+    summary,
+)
 from benchmarks.report.options import Options
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_label, algorithm_rank
@@ -72,6 +78,15 @@ def test_the_headline_ranks_two_and_sets_the_untrained_apart(tmp_path: Path) -> 
     (recipe,) = read_recipes(tmp_path)
     words = re.sub(r" \([^)]*\)", "", summary(recipe)).partition("by exact match: ")[2]
     assert words == "iw-SFT 0.600, then SFT 0.500; untrained: base 0.400."
+
+
+def test_seeds_of_other_versions_are_named(tmp_path: Path) -> None:
+    for seed, release in enumerate(("5.23.0", "5.22.0")):
+        path = language_run(tmp_path, "sft", seed, 0.5 + seed / 10) / "config.json"
+        path.write_text(path.read_text().replace("5.23.0", release))
+    (recipe,) = read_recipes(tmp_path)
+    note = 'Seeds differ in versions.transformers ("5.23.0", "5.22.0").'
+    assert recipe_grid(recipe).notes == [note]
 
 
 def test_changes_from_the_base_are_paired_by_prompt(tmp_path: Path) -> None:
