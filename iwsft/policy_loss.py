@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -137,20 +137,19 @@ class PolicyLoss(LossModule):
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each tensor of a lagged q and the one of theta that it follows, buffers included."""
+        both: Iterable[tuple[Tensor, Tensor]]
         if self.functional:
-            yield from zip(
-                self.target_actor_network_params.values(True, True),
-                self.actor_network_params.values(True, True),
-                strict=True,
-            )
-            return
-        theta = _tensors(self.actor_network)
-        # Tied weights have several names; they move once.
+            targets = self.target_actor_network_params.values(True, True)
+            both = zip(targets, self.actor_network_params.values(True, True), strict=True)
+        else:
+            theta = _tensors(self.actor_network)
+            both = ((q, theta[x]) for x, q in _tensors(self.target_actor_network).items())
+        # Tied weights and modules have several names; they move once.
         moved: set[int] = set()
-        for name, q in _tensors(self.target_actor_network).items():
+        for q, follows in both:
             if q.data_ptr() not in moved or q.numel() == 0:
                 moved.add(q.data_ptr())
-                yield q, theta[name]
+                yield q, follows
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
