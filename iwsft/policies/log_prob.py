@@ -16,7 +16,7 @@ from tensordict.nn import (
 )
 from tensordict.utils import expand_as_right
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent
+from torch.distributions import Categorical, Independent, constraints
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torchrl.modules import (
@@ -176,12 +176,26 @@ def _impossible(dist: Any, action: Any, shape: torch.Size) -> Tensor | None:
     elif isinstance(dist, OneHotCategorical | MaskedOneHotCategorical):
         # The largest entry is taken for the 1.
         wrong = (action != 0) & (action != 1) | (action.sum(-1, keepdim=True) != 1)
-    elif isinstance(dist, Categorical) and not getattr(dist, "_sparse_mask", False):
-        # Fractions are left out; padding is often -1 or -100.
-        wrong = (action != action.round()) | (action < 0) | (action >= dist.param_shape[-1])
     else:
-        return None
+        # Fractions of an index are left out, and padding is often -1 or -100.
+        support = _support(dist)
+        if support is None:
+            return None
+        wrong = ~support.check(action)
     return wrong.reshape(*shape, -1).any(-1)
+
+
+def _support(dist: Any) -> constraints.Constraint | None:
+    """What a distribution of torch can give, if that is not all numbers and is exact to check."""
+    # Subclasses that scale or cut often have the support of what they are made of.
+    plain = isinstance(dist, Categorical) or type(dist).__module__.startswith("torch.distributions")
+    if not plain or getattr(dist, "_sparse_mask", False):
+        return None
+    support = dist.support
+    # Sums to 1 and matrices are checked up to a rounding that data may exceed.
+    exact = support.is_discrete or support.event_dim == 0
+    known = exact and support is not constraints.real and not constraints.is_dependent(support)
+    return support if known else None
 
 
 def _checked(out: Any, policy: Any, shape: torch.Size) -> Tensor:

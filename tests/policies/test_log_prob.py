@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -173,6 +174,21 @@ class _TwoIndices(distributions.Independent):
         super().__init__(distributions.Categorical(logits=logits), 1)
 
 
+class _Switches(distributions.Independent):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(distributions.Bernoulli(logits=logits), 1)
+
+
+class _ScaledBeta(distributions.Beta):
+    """Of numbers in [-1, 1], although its support is said to be [0, 1]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits.exp(), logits.exp() + 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob((value + 1) / 2) - math.log(2)
+
+
 _ROW = nn.functional.one_hot(torch.tensor([1, 0]), 3).float()
 
 
@@ -185,6 +201,8 @@ _ROW = nn.functional.one_hot(torch.tensor([1, 0]), 3).float()
         (MaskedOneHotCategorical, _ROW, [[0.0, 0.0, 2.0], [2.0, -1.0, 0.0]]),
         (distributions.Categorical, [1.0, 2.0], [1.5, 0.1]),
         (_TwoIndices, [[1.0, 2.0], [0.0, 1.0]], [[1.5, 0.0], [0.0, 0.1]]),
+        (_Switches, [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]], [[-1.0, 0.0, 1.0], [0.0, 0.5, 0.0]]),
+        (distributions.OneHotCategorical, _ROW, [[0.4, 0.3, 0.3], [2.0, -1.0, 0.0]]),
     ],
 )
 def test_actions_that_a_distribution_takes_for_others_have_probability_0(
@@ -196,6 +214,18 @@ def test_actions_that_a_distribution_takes_for_others_have_probability_0(
     log_prob = step_log_prob(actor, batch, torch.Size([4]))
     torch.testing.assert_close(log_prob[:2], actor.log_prob(batch)[:2], rtol=0, atol=0)
     assert log_prob[:2].isfinite().all() and log_prob[2:].tolist() == [-torch.inf] * 2
+
+
+def test_a_distribution_of_ones_own_says_itself_what_it_can_give() -> None:
+    torch.manual_seed(0)
+    actor = _actor(_ScaledBeta, 1)
+    batch = _batch(torch.tensor([[-0.9], [0.0], [0.7]]), (3,))
+    concentration = actor.get_dist_params(batch)["logits"].exp()
+    expected = distributions.Beta(concentration, concentration + 1).log_prob(
+        (batch["action"] + 1) / 2
+    )
+    actual = step_log_prob(actor, batch, torch.Size([3]))
+    torch.testing.assert_close(actual, expected.squeeze(-1) - math.log(2))
 
 
 @pytest.mark.parametrize("outside", [-100, -1, 3])
