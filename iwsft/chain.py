@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from tensordict import NestedKey
 from torch import Tensor
 
 from iwsft.lower_bound import Choice, LowerBound
@@ -16,6 +17,8 @@ from iwsft.weights import Place, StepTransform, TrajectoryTransform, check_numbe
 
 LOG_MAX = math.log(torch.finfo(torch.float32).max)
 Reference = Literal["fixed", "synced", "none"]
+# Entries of a batch that transforms of the library read, and the function that writes them.
+_WRITTEN_BY = {"standard_score": "iwsft.curate", "success_rate": "iwsft.language.weigh_correct"}
 
 
 class Weights(NamedTuple):
@@ -72,6 +75,8 @@ class Chain:
             if not isinstance(given, Sequence):
                 raise TypeError(f"{here}={given!r} must be a list: {here}=[{given!r}]")
             for transform in given:
+                if not callable(transform) or isinstance(transform, type):
+                    raise TypeError(f"{here}=[{transform!r}]: a transform is a function of weights")
                 place = getattr(transform, "place", here)
                 if place != here:
                     raise ValueError(f"{transform} belongs to {place}=[...]")
@@ -176,15 +181,15 @@ class Chain:
         return own if self.negative is None else (*own, *self.negative._transforms)
 
     @property
-    def reads(self) -> frozenset[str]:
+    def reads(self) -> frozenset[NestedKey]:
         """Names of the further quantities that transforms read."""
         named = (getattr(transform, "reads", None) for transform in self._transforms)
         return frozenset(name for name in named if name is not None)
 
     @property
-    def from_batch(self) -> list[str]:
+    def from_batch(self) -> list[Any]:
         """Those of :attr:`reads` that are entries of the batch."""
-        return sorted(self.reads - {"entropy"})
+        return sorted(self.reads - {"entropy"}, key=str)
 
     @property
     def scored(self) -> bool:
@@ -212,7 +217,7 @@ class Chain:
         log_ratio: Tensor,
         segments: Segments,
         share: Tensor,
-        read: Mapping[str, Tensor] | None = None,
+        read: Mapping[Any, Tensor] | None = None,
         negative: Tensor | None = None,
     ) -> Weights:
         """Weigh a batch; on masked steps the weights have no meaning.
@@ -237,7 +242,7 @@ class Chain:
         )
 
     def _weigh(
-        self, log_ratio: Tensor, segments: Segments, share: Tensor, read: Mapping[str, Tensor]
+        self, log_ratio: Tensor, segments: Segments, share: Tensor, read: Mapping[Any, Tensor]
     ) -> Weights:
         log_ratio, clips, _ = _chained(self.step, log_ratio, read=read)
         if self.reduce is None:
@@ -305,6 +310,11 @@ class Chain:
             )
 
 
+def written_by(name: Any) -> str:
+    """Say what writes an entry of the batch that a transform reads."""
+    return f"{_WRITTEN_BY.get(name, 'your own code')} writes it"
+
+
 def check_chain(name: str, value: object) -> None:
     """Refuse what is neither a chain nor None, such as a lone transform."""
     if not isinstance(value, Chain | None):
@@ -312,7 +322,7 @@ def check_chain(name: str, value: object) -> None:
 
 
 def _chained(
-    transforms: Sequence[Callable[..., Any]], x: Tensor, *share: Tensor, read: Mapping[str, Tensor]
+    transforms: Sequence[Callable[..., Any]], x: Tensor, *share: Tensor, read: Mapping[Any, Tensor]
 ) -> tuple[Tensor, list[Tensor], Choice | None]:
     """Apply transforms in their order; also what each clip changed, and the choice."""
     clips, choice = [], None
@@ -321,6 +331,10 @@ def _chained(
         before, x = x, transform(x, *share, *(() if name is None else (read[name],)))
         if isinstance(x, tuple):
             x, choice = x
+        if not isinstance(x, Tensor) or x.shape != before.shape:
+            gave = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            needed = f"a tensor of the shape that it takes, {list(before.shape)}"
+            raise ValueError(f"{transform} gave {gave}; it must give {needed}")
         if getattr(transform, "clips", False):
             clips.append(before != x)
     return x, clips, choice

@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor, nn
 
-from iwsft.chain import Chain, Reference, Weights, check_chain
+from iwsft.chain import Chain, Reference, Weights, check_chain, written_by
 from iwsft.policies.log_prob import (
     evaluating,
     finite_padding,
@@ -30,8 +30,6 @@ from iwsft.weights import Temperature, exponential
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
 _DIAGNOSTICS = ("ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob")
-# Entries of a batch that weights read, and the function that writes them.
-WRITTEN_BY = {"standard_score": "iwsft.curate", "success_rate": "iwsft.language.weigh_correct"}
 
 
 class Terms(NamedTuple):
@@ -256,8 +254,8 @@ class ImportanceWeightedMLE(PolicyLoss):
             reference = self.reference(batch, segments)
         log_ratio = segments.where_valid(log_q - reference)
         for name in chain.from_batch:
-            key = getattr(self.tensor_keys, name)
-            read[name] = self._needed(batch, key, segments, f"{WRITTEN_BY[name]} writes it")
+            key = vars(self.tensor_keys).get(name, name)
+            read[name] = self._needed(batch, key, segments, written_by(name))
         signs = None if chain.negative is None else self.data_weight(batch, segments, share)
         weights = chain(log_ratio, segments, share, read, None if signs is None else signs < 0)
         return weights._replace(log_weight=torch.where(share > 0, weights.log_weight, 0))
@@ -416,5 +414,5 @@ class ImportanceWeightedMLE(PolicyLoss):
         elif self.needs_reference:
             keys.append(self.tensor_keys.ref_log_prob)
         read = [] if self.reads_weights else self.importance_weights.from_batch
-        keys += [getattr(self.tensor_keys, name) for name in read]
+        keys += [vars(self.tensor_keys).get(name, name) for name in read]
         self.in_keys = list(dict.fromkeys(keys))

@@ -16,7 +16,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from iwsft.chain import check_chain
+from iwsft.chain import check_chain, written_by
 from iwsft.datasets.text.rows import Row, read
 from iwsft.datasets.text.tokens import CORRECT, correct_only, tokenize
 from iwsft.extras import named
@@ -35,7 +35,7 @@ from iwsft.language.loss import (
 )
 from iwsft.language.plan import plan_updates
 from iwsft.language.weighted import REFERENCE, WeightedTrainer
-from iwsft.objective import WRITTEN_BY, ImportanceWeightedMLE
+from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.presets import ImportanceWeights
 from iwsft.proposals import EMA, write_weights
@@ -195,7 +195,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             for name in weights.from_batch:
                 if self._trajectories.get(name, default=None) is None:
                     missing = f"{weights} read {name!r}, which the trajectories lack"
-                    raise ValueError(f"{missing}: {WRITTEN_BY[name]} writes it")
+                    raise ValueError(f"{missing}: {written_by(name)}")
         loss = token_loss(
             self._policy,
             importance_weights=weights,

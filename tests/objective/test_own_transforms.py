@@ -1,0 +1,82 @@
+"""Transforms that a user writes: what they may read, and what they must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+
+from iwsft import ImportanceWeightedMLE, ImportanceWeights, weights
+from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, pad
+
+
+class _Cautious:
+    """Log-ratios count less where an entry of the batch is larger."""
+
+    def __init__(self, reads: NestedKey) -> None:
+        self.reads = reads
+
+    def __call__(self, log_ratio: Tensor, doubt: Tensor) -> Tensor:
+        return log_ratio * (1 - doubt)
+
+
+@pytest.mark.parametrize("key", ["doubt", ("critic", "doubt")])
+@pytest.mark.parametrize("padded", [False, True])
+def test_any_entry_of_the_batch_can_be_read(
+    make_batch: Any, make_policy: Any, key: NestedKey, padded: bool
+) -> None:
+    policy, batch = make_policy(), make_batch()
+    doubt = torch.rand(len(batch), generator=torch.Generator().manual_seed(0))
+    chain = ImportanceWeights(step=[_Cautious(key)])
+    loss = ImportanceWeightedMLE(policy, importance_weights=chain, proposal="current")
+    assert key in loss.in_keys
+    with pytest.raises(KeyError, match=r"doubt.* in the batch: your own code writes it"):
+        loss(batch)
+    batch.set(key, doubt)
+    with torch.no_grad():
+        log_p = policy.log_prob(batch.copy())
+    ratio = (log_p - batch["ref_log_prob"]) * (1 - doubt)
+    expected, draws = 0.0, 0
+    for trajectory in batch[TRAJ_IDS].unique():
+        steps = batch[TRAJ_IDS] == trajectory
+        count = int(batch[MULTIPLICITY][steps][0])
+        expected -= count * float(ratio[steps].mean().exp() * log_p[steps].mean())
+        draws += count
+    out = loss(pad(batch) if padded else batch)
+    assert float(out["loss_iw_mle"]) == pytest.approx(expected / draws, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("place", "transform", "gave"),
+    [
+        ("step", lambda x: x.unsqueeze(-1), r"\[18, 1\]"),
+        ("step", lambda x: x.mean(), r"\[\]"),
+        ("step", lambda x: x.numpy(), "ndarray"),
+        ("trajectory", lambda x, share: x[:2], r"\[2\]"),
+    ],
+)
+@pytest.mark.parametrize("reduce", ["mean", None])
+def test_a_transform_gives_a_weight_for_each_that_it_takes(
+    make_batch: Any,
+    make_policy: Any,
+    place: str,
+    transform: Callable[..., Any],
+    gave: str,
+    reduce: Any,
+) -> None:
+    """A column of step weights would weigh each step by all of them."""
+    chain: Any = ImportanceWeights(**{place: [transform]}, reduce=reduce)
+    loss = ImportanceWeightedMLE(make_policy(), importance_weights=chain, proposal="current")
+    loss.select_out_keys("loss_iw_mle")
+    with pytest.raises(ValueError, match=rf"lambda.* gave {gave}; it must give a tensor"):
+        loss(make_batch())
+
+
+def test_what_is_no_function_is_no_transform() -> None:
+    for given in (weights.Temperature, 2.0):
+        with pytest.raises(TypeError, match="a transform is a function of weights"):
+            ImportanceWeights(step=[given])  # type: ignore[list-item]
