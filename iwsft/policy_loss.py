@@ -98,7 +98,7 @@ class PolicyLoss(LossModule):
 
     # Key and values that the last sync wrote into trajectories, until a batch is read.
     written: tuple[NestedKey, Tensor] | None
-    # Whether a state was loaded, whose q a new updater would replace.
+    # Whether it came with a q, loaded or copied, which a new updater would replace.
     loaded: bool
 
     def __init__(self, policy: nn.Module, *, lagged: bool, functional: bool) -> None:
@@ -207,6 +207,22 @@ class PolicyLoss(LossModule):
             copies = "it is older, of other data, or a copy, as replay buffers make them"
             way_out = "draw from the trajectories themselves, as TensorStorage(trajectories) does"
             warnings.warn(f"{problem}: {copies}; {way_out}", UserWarning, stacklevel=2)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a loss that was pickled or copied, with its q."""
+        super().__setstate__(state)
+        self.loaded = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy that trains what a copy of its policy or optimizer in ``memo`` holds."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        for params in self.children():
+            if isinstance(params, TensorDictParams):
+                # A TensorDict's own deepcopy clones, without looking at what is copied already.
+                own = params.apply(lambda x: deepcopy(x, memo))
+                memo[id(params)] = TensorDictParams(own, no_convert=True)
+        copied.__setstate__(deepcopy(vars(self), memo))
+        return copied
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -57,7 +57,7 @@ class _Updater(TargetNetUpdater):
         # TorchRL warns of a q that is read before this is set.
         loss._has_update_associated["actor_network"] = True
         if loss.loaded and loss.has_lagged_q and any((a != b).any() for a, b in loss.pairs()):
-            problem = f"{name} sets q to the policy, so the q that this loss has loaded is lost"
+            problem = f"{name} sets q to the policy, so the q that this loss came with is lost"
             way_out = f"make {name} first, then load the state of the loss"
             warnings.warn(f"{problem}; to continue with it, {way_out}", UserWarning, stacklevel=3)
         self.init_()
