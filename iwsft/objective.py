@@ -252,6 +252,8 @@ class ImportanceWeightedMLE(PolicyLoss):
             reference = torch.zeros_like(log_q)
         elif reference is None:
             reference = self.reference(batch, segments)
+        if self.proposal != "reference" and chain.reference != "none":
+            self._check_annotated(batch, share, reference)
         log_ratio = segments.where_valid(log_q - reference)
         for name in chain.from_batch:
             key = vars(self.tensor_keys).get(name, name)

@@ -21,12 +21,14 @@ from iwsft.trajectory import (
     ASSISTANT_MASK,
     DATA_WEIGHT,
     IMPORTANCE_WEIGHT,
+    MASK,
     MULTIPLICITY,
     REF_LOG_PROB,
     STANDARD_SCORE,
     SUCCESS_RATE,
     TRAJ_IDS,
     Segments,
+    fit,
     on_host,
 )
 from iwsft.validation import check_links
@@ -207,6 +209,17 @@ class PolicyLoss(LossModule):
             copies = "it is older, of other data, or a copy, as replay buffers make them"
             way_out = "draw from the trajectories themselves, as TensorStorage(trajectories) does"
             warnings.warn(f"{problem}: {copies}; {way_out}", UserWarning, stacklevel=2)
+
+    def _check_annotated(self, batch: TensorDictBase, share: Tensor, reference: Tensor) -> None:
+        """Refuse steps that count where the mask of the data has kept log pi_ref from them."""
+        mask = batch.get(MASK, default=None)
+        if self.loss_mask_key == "auto" or mask is None or not on_host(share):
+            return
+        without = (share > 0) & ~fit(mask, share.shape, repr(MASK)).bool() & (reference == 0)
+        if bool(without.any()):
+            problem = f"this loss counts steps that {MASK!r} leaves out, which have no log pi_ref"
+            way_out = f"annotate_reference(policy, trajectories.exclude({MASK!r})), or set it there"
+            raise ValueError(f"{problem}: {way_out}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a loss that was pickled or copied, with its q."""

@@ -355,3 +355,22 @@ def test_a_memory_that_would_leak_into_a_trajectory_is_refused() -> None:
     # Of a policy without a memory the mark says nothing.
     packed["is_init"][30] = False
     annotate_reference(gaussian(), packed)
+
+
+@pytest.mark.parametrize("proposal", ["current", "cached"])
+@pytest.mark.parametrize("key", [None, "mine"])
+def test_steps_that_the_mask_has_kept_without_a_reference_are_not_weighed(
+    proposal: Any, key: str | None
+) -> None:
+    """A log pi_ref of 0 off the mask would be a probability of 1."""
+    data = dataset()
+    data[MASK] = torch.arange(len(data)) % 3 > 0
+    data["mine"] = torch.ones(len(data), dtype=torch.bool)
+    loss = ImportanceWeightedMLE(gaussian(), proposal=proposal)
+    loss.loss_mask_key = key
+    annotate_reference(gaussian(), data)
+    with pytest.raises(ValueError, match="counts steps that .* leaves out, which have no log pi_r"):
+        reweight(data, loss) if proposal == "cached" else loss(data)
+    whole = annotate_reference(gaussian(), data.exclude(MASK))
+    data["ref_log_prob"] = whole["ref_log_prob"]
+    assert bool((reweight(data, loss).abs() < 1e-6).all())

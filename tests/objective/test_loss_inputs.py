@@ -45,7 +45,9 @@ def test_mask_key_auto_named_and_none(
     # The padding of multiplicities is 0, which is not that of the trajectory.
     with pytest.raises(ValueError, match="'multiplicity' changes within a trajectory"):
         loss(padded)
-    padded = padded.exclude("multiplicity")
+    # And a reference of 0 is none.
+    given = padded["ref_log_prob"].where(padded["ref_log_prob"] != 0, -1.0)
+    padded = padded.exclude("multiplicity").set("ref_log_prob", given)
     everything = loss(padded)
     assert_same(everything, loss(padded.exclude(MASK)))
     assert everything["loss_iw_mle"] != expected["loss_iw_mle"]
