@@ -125,7 +125,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         self._collate = partial(collate, pad_token_id=self._tokenizer.pad_token_id or 0)
         self._read_dataset()
         self._tell_of_cuts(len(settings["train_dataset"]))
-        self.data_collator: Any = _WithPlaces(self.data_collator)
+        self.data_collator: Any = _WithPlaces(self.data_collator, self._trajectories)
 
     def _prepare_dataset(
         self, dataset: Any, tokenizer: Any, args: Any, packing: bool, make: Any, name: str
@@ -386,9 +386,13 @@ def _check_masks(rows: Dataset, *, by_completion: bool | None) -> None:
 
 @dataclass
 class _WithPlaces:
-    """TRL's collator, which here also places each token among all tokens of the dataset."""
+    """A collator of TRL's rows, which here also places each token among all those of the dataset.
+
+    A ValueError says that it moves tokens, changes them, or trains others than the dataset says.
+    """
 
     collator: Any
+    trajectories: TensorDictBase
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = self.collator(rows)
@@ -399,4 +403,17 @@ class _WithPlaces:
             places = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)
             spare = batch["labels"].shape[1] - places.shape[1]
             batch[_PLACE] = nn.functional.pad(places, (0, spare), value=-1)
+            self._check(batch)
         return batch
+
+    def _check(self, batch: dict[str, Any]) -> None:
+        ids, labels, places = batch["input_ids"], batch["labels"], batch[_PLACE]
+        tokens, trained = (self.trajectories.get(key) for key in (TOKENS, ASSISTANT_MASK))
+        known = places >= 0
+        kept = ids.shape == places.shape and torch.equal(ids[known], tokens[places[known]])
+        # Nothing predicts what comes first in a row.
+        known[:, 0] = False
+        if not kept or bool((known & (labels != _IGNORED) & ~trained[places]).any()):
+            problem = f"{type(self.collator).__name__} moves or changes tokens, or trains others"
+            way_out = "a data_collator must pad the rows on the right, in their order, and no more"
+            raise ValueError(f"{problem} than the dataset says: {way_out}")
