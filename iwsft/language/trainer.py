@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -54,8 +53,6 @@ from iwsft.validation import check_packed, check_valid_steps
 
 with named():
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-_LINUX = sys.platform == "linux"
 
 
 class ImportanceWeightedTrainer(WeightedTrainer):
@@ -214,14 +211,12 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of this process as planned; accelerate does not distribute them again."""
         args, workers = self.args, self.args.dataloader_num_workers
-        # torchrl sets "spawn", with which workers run a script without a main guard again.
-        start = args.dataloader_multiprocessing_context or ("fork" if _LINUX else None)
         loader: Any = DataLoader(
             self._dataset,
             batch_sampler=self._plan,
             collate_fn=self._collate,
             num_workers=workers,
-            multiprocessing_context=start if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
             persistent_workers=workers > 0 and args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )

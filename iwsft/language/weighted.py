@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +56,11 @@ class WeightedTrainer(CheckpointedTrainer):
         self._finite = torch.tensor(True)
         callbacks = [*(settings.pop("callbacks", None) or []), _Hooks(self)]
         super().__init__(callbacks=callbacks, **settings)
+        args: Any = self.args
+        # torchrl sets "spawn", with which workers run a script without a main guard again.
+        if args.dataloader_num_workers and sys.platform == "linux":
+            start = args.dataloader_multiprocessing_context or "fork"
+            args.dataloader_multiprocessing_context = start
         warn_of_half_precision(self)
 
     def _start(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -368,3 +369,21 @@ def test_the_example_trains_and_saves(model: Any, tmp_path: Path) -> None:
     history = main(str(place), tmp_path / "rows.jsonl", tmp_path / "out", updates=10)
     assert history[0]["ESS"] > 0.5 and history[0]["log_prob"] < 0
     Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_workers_do_not_run_the_script_again(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a script without a main guard: a process that imports it would end with an error."""
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('run again')")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    alone, own = (
+        [
+            row["loss"]
+            for row in trained(in_trl(tmp_path, deepcopy(model), dataloader_num_workers=n))
+        ]
+        for n in (0, 1)
+    )
+    assert own == alone
