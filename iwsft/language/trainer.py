@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -400,6 +400,9 @@ def _encoded(
         raise ValueError(f"{name} and {instead}: pass one of them")
     if isinstance(rows, TensorDictBase) or hasattr(rows, "trajectories"):
         raise TypeError(f"{name} takes rows of text; pass token trajectories as {instead}=")
+    if name == "eval_dataset" and isinstance(rows, Mapping):
+        parts = ", ".join(map(str, rows))
+        raise TypeError(f"{name} has several parts ({parts}): pass the rows of one of them")
     if tokenizer is None:
         raise ValueError(f"{name} has rows of text: pass the tokenizer as processing_class=")
     if not (isinstance(rows, list) and isinstance(next(iter(rows), None), Row)):

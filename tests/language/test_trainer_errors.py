@@ -284,6 +284,10 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         ({"train_dataset": rows}, "train_dataset has rows of text: pass the tokenizer"),
         ({"train_dataset": rows, "trajectories": trajectories()}, "pass one of them"),
         ({"train_dataset": trajectories()}, "pass token trajectories as trajectories="),
+        (
+            {"trajectories": trajectories(), "eval_dataset": {"train": rows, "test": rows}},
+            r"eval_dataset has several parts \(train, test\): pass the rows of one",
+        ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             ImportanceWeightedTrainer(model(), args, **own)
