@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,9 @@ def run_loop(
     Raises:
         FileExistsError: A loop is in the folder, or another process works there.
         CheckpointError: The loop in the folder has other settings, or a file of it is damaged.
-        TypeError: A stage returned no mapping.
-        ValueError: ``fine_tune`` returned no policy, or ``score`` or ``evaluate`` a number that is
-            NaN or infinite.
+        TypeError: A stage returned no mapping, or no plain value, or a score that is no number.
+        ValueError: ``fine_tune`` returned no policy, ``score`` or ``evaluate`` a number that is NaN
+            or infinite, or ``evaluate`` no interval.
     """
     folder = Path(folder)
     with alone_in(folder, wait=False):
@@ -218,7 +219,7 @@ def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> Non
     if not isinstance(facts, Mapping):
         raise TypeError(f"{name} returned {facts!r:.60}; it must return a dict of facts")
     _check_policy(name, facts)
-    _check_finite(one, name, facts)
+    _check_facts(one, name, facts)
     content = {"facts": dict(facts), "seconds": round(time.perf_counter() - begin, 3)}
     write_json(one.folder / f"{name}.json", content)
 
@@ -229,15 +230,26 @@ def _check_policy(name: str, facts: Facts) -> None:
         raise ValueError(f"fine_tune returned no fact {POLICY!r}, the path of the new policy")
 
 
-def _check_finite(one: Round, name: str, facts: Facts) -> None:
-    """Check that the facts of scores and tests can be compared."""
-    if name not in ("score", "evaluate"):
-        return
+def _check_facts(one: Round, name: str, facts: Facts) -> None:
+    """Check that facts can be written, and that those of scores and tests can be compared."""
     for fact, value in facts.items():
+        told = f"round {one.number}: {name} returned {fact}={value!r:.60}"
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise TypeError(
+                f"{told}, which is no plain value; return float(...) or str(...)"
+            ) from error
         numbers = value if isinstance(value, list | tuple) else [value]
-        if not all(math.isfinite(each) for each in numbers if isinstance(each, float)):
-            way_out = "mend what computes it, or leave the fact out"
-            raise ValueError(f"round {one.number}: {name} returned {fact}={value}; {way_out}")
+        compared = name in ("score", "evaluate")
+        if compared and not all(math.isfinite(x) for x in numbers if isinstance(x, float)):
+            raise ValueError(f"{told}; mend what computes it, or leave the fact out")
+        if name != "evaluate" or value is None:
+            continue
+        if fact == SCORE and not isinstance(value, Real):
+            raise TypeError(f"{told}; it must be a number")
+        if fact == INTERVAL and not (len(numbers) == 2 and numbers[0] <= numbers[1]):
+            raise ValueError(f"{told}; it must be its lower and its upper end")
 
 
 def check_free(folder: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -181,6 +182,40 @@ def test_a_score_that_does_not_compare_is_refused(
     # The stage has not ended: once mended, it is called again.
     fixed.append(1)
     assert [row["score"] for row in run(tmp_path, altered, 3, resume=True)] == plain(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "message"),
+    [
+        ("evaluate", {"score": np.float32(0.5)}, "score=.*, which is no plain value; return float"),
+        ("fine_tune", {"policy": Path("policy")}, "policy=PosixPath.*, which is no plain value"),
+        ("evaluate", {"score": "0.5"}, "score='0.5'; it must be a number"),
+        (
+            "evaluate",
+            {"score": 1, "interval": [2, 0]},
+            "interval=.*must be its lower and its upper end",
+        ),
+        (
+            "evaluate",
+            {"score": 1, "interval": 2},
+            "interval=2.*must be its lower and its upper end",
+        ),
+        (
+            "evaluate",
+            {"score": 1, "interval": [0, 1, 2]},
+            "interval=.*must be its lower and its upper end",
+        ),
+    ],
+)
+def test_facts_that_can_not_be_written_or_compared_name_their_stage(
+    tmp_path: Path, name: str, facts: dict[str, Any], message: str
+) -> None:
+    altered = replace(toy(), **{name: lambda one: facts})
+    number = 1 if name == "fine_tune" else 0
+    with pytest.raises((TypeError, ValueError), match=f"round {number}: {name} returned {message}"):
+        run(tmp_path, altered)
+    # The stage has not ended, and the loop is not stuck.
+    assert [row["score"] for row in run(tmp_path, toy(), resume=True)] == plain(4)
 
 
 def test_the_rounds_before_one() -> None:
