@@ -67,6 +67,14 @@ def _are_own(params: TensorDictBase, module: nn.Module) -> bool:
     return True
 
 
+def _places_of_buffers(params: TensorDictBase) -> list[int]:
+    """Where each buffer is in memory; nothing while tensors have no place there."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return []
+    values = params.values(True, True)
+    return [value.data_ptr() for value in values if not isinstance(value, nn.Parameter)]
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by all of their names, those that no state has included."""
     parameters = module.named_parameters(remove_duplicate=False)
@@ -132,8 +140,14 @@ class PolicyLoss(LossModule):
         """The policy, ready to be called; with ``lagged`` the one with q's parameters."""
         if self.functional:
             name = "target_actor_network_params" if lagged else "actor_network_params"
-            with holding(getattr(self, name), self.actor_network):
+            params = getattr(self, name)
+            places = [] if lagged else _places_of_buffers(params)
+            with holding(params, self.actor_network):
                 yield self.actor_network
+            if not lagged and places != _places_of_buffers(params):
+                problem = "the policy has replaced a buffer by another, which this loss alone sees"
+                way_out = "pass functional=False, or write into the buffer (copy_)"
+                raise ValueError(f"{problem}: {way_out}")
         else:
             yield self.target_actor_network if lagged else self.actor_network
 

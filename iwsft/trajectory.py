@@ -234,7 +234,8 @@ def check_order(ids: Tensor, key: NestedKey) -> None:
     if bool(falls.any()):
         where = int(falls.nonzero()[0]) + 1
         problem = f"{key!r} is out of order at step {where}"
-        way_out = "sort by trajectory and time, or draw rows [B, T] (SliceSampler, pad_output=True)"
+        slices = "slices (SliceSampler, pad_output=True) to [B, T]"
+        way_out = f"sort by trajectory and time, or reshape padded {slices}"
         raise ValueError(f"{problem}; {way_out}")
 
 

@@ -51,24 +51,29 @@ def noise_watch(policy: nn.Module, device: torch.device) -> Callable[[], bool]:
     """Return a function that says whether a policy has differed from itself in eval mode.
 
     It has where noise, such as dropout, was drawn since this call, or where statistics of the batch
-    normalise. Looking at the generator's state finds all noise, also that of functions and hooks
-    (NEFTune). While a graph is compiled or captured, only dropout layers are found.
+    were taken into buffers. Looking at the generator's state and at the buffers finds all of it,
+    also that of functions and hooks (NEFTune) and of normalisers of the user's own. While a graph
+    is compiled or captured, only layers of torch are found.
     """
-    if any(
-        isinstance(m, _NormBase) and m.training and m.track_running_stats for m in policy.modules()
-    ):
-        return lambda: True
     if torch.compiler.is_compiling() or (
         device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     ):
-        drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in policy.modules())
-        return lambda: drops
+        trained = [module for module in policy.modules() if module.training]
+        differs = any(isinstance(m, _DropoutNd) and m.p for m in trained)
+        differs |= any(isinstance(m, _NormBase) and m.track_running_stats for m in trained)
+        return lambda: differs
     if device.type == "cpu":
         state = torch.get_rng_state
     else:
         state = partial(torch.get_device_module(device).get_rng_state, device)
-    before = state()
-    return lambda: not torch.equal(before, state())
+    before, written = state(), _writes(policy)
+    return lambda: not torch.equal(before, state()) or written != _writes(policy)
+
+
+def _writes(policy: nn.Module) -> list[tuple[int, int]]:
+    """Where each buffer is, and how often it was written to."""
+    buffers = [buffer for buffer in policy.buffers() if not buffer.is_inference()]
+    return [(buffer.data_ptr(), buffer._version) for buffer in buffers]
 
 
 @set_recurrent_mode(True)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from torch import nn
-from torchrl.modules import MLP
+from torch import Tensor, nn
+from torchrl.modules import MLP, BatchRenorm1d
 
 from iwsft import (
     EMA,
@@ -89,13 +89,33 @@ def test_q_is_without_dropout(
     torch._dynamo.reset()
 
 
+class _Centres(nn.Module):
+    """A normaliser of the user's own, which follows the mean of the batch in training."""
+
+    def __init__(self, *, replaces: bool = False) -> None:
+        super().__init__()
+        self.replaces = replaces
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return 9 * (x - self.mean)
+        mean = x.mean(0).detach()
+        if self.replaces:
+            self.mean = (self.mean + mean) / 2
+        else:
+            self.mean.lerp_(mean, 0.5)
+        return 9 * (x - mean)
+
+
 @pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchRenorm1d, lambda _: _Centres()])
 def test_q_has_running_statistics_where_the_policy_has_those_of_the_batch(
-    make_batch: Any, make_policy: Any, functional: bool
+    make_batch: Any, make_policy: Any, functional: bool, norm: Any
 ) -> None:
     policy = make_policy(hidden=(32, 32))
     (net,) = [module for module in policy.modules() if isinstance(module, MLP)]
-    net.insert(1, nn.BatchNorm1d(32))
+    net.insert(1, norm(32))
     data = annotate_reference(policy, make_batch([5, 8, 12]))
     loss = ImportanceWeightedMLE(policy, proposal="current", functional=functional)
     terms = loss.terms(data)
@@ -105,6 +125,20 @@ def test_q_has_running_statistics_where_the_policy_has_those_of_the_batch(
     parts = zip(terms.log_weight.split([5, 8, 12]), log_ratio.split([5, 8, 12]), strict=True)
     for weight, ratio in parts:
         torch.testing.assert_close(weight, ratio.mean().expand_as(weight))
+
+
+def test_a_policy_does_not_lose_buffers_that_it_replaces(make_batch: Any, make_policy: Any) -> None:
+    """A functional loss would follow them, and the policy that acts would not."""
+    policy = make_policy(hidden=(32, 32))
+    (net,) = [module for module in policy.modules() if isinstance(module, MLP)]
+    net.insert(1, _Centres(replaces=True))
+    with pytest.raises(ValueError, match="has replaced a buffer by another.*functional=False"):
+        ImportanceWeightedMLE(policy, proposal="reference")(make_batch())
+    loss = ImportanceWeightedMLE(policy, proposal="reference", functional=False)
+    loss(make_batch())
+    assert bool((net[1].mean != 0).any())
+    # Without training it replaces none.
+    ImportanceWeightedMLE(policy, proposal="reference").eval()(make_batch())
 
 
 @pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
