@@ -15,7 +15,7 @@ from iwsft.chain import Weights
 from iwsft.forward_pass import ForwardPass
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.trajectory import Segments
-from iwsft.validation import check_count
+from iwsft.validation import check_count, check_tensordict
 from iwsft.weights import check_number, exponential
 
 
@@ -218,6 +218,7 @@ def reweight(
     Returns:
         Log-weights per step, in the layout of the trajectories.
     """
+    check_tensordict(trajectories)
     segments = loss.segments(trajectories)
     log_q = _log_prob(trajectories, loss, rows=rows)
     return write_weights(trajectories, loss, log_q, segments=segments).log_weight

@@ -17,6 +17,7 @@ from iwsft import (
     annotate_reference,
     curate,
     evaluate,
+    reweight,
 )
 from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.training import Schedule, fit
@@ -228,11 +229,17 @@ def test_what_is_no_part_of_a_training_is_named() -> None:
     sampler: Any = TrajectorySampler(trajectories, 2)
     schedule: Any = Schedule(1, lr=1e-3)
     data: Any = SimpleNamespace(trajectories=trajectories)
+    unweighed: Any = policy
+    swapped: Any = loss
     doors: dict[str, Any] = {
         "not a sampler of batches; pass StepSampler": lambda: fit(loss, trajectories, schedule),
         "a SimpleNamespace; pass its .trajectories": lambda: validate(data),
         r"schedule=100 must be a Schedule\(steps, lr\)": lambda: fit(loss, sampler, 100),
         "pass its .trajectories": lambda: StepSampler(data, 2),
+        "GaussianPolicy is no loss; pass ImportanceWeightedMLE": lambda: fit(
+            unweighed, sampler, schedule
+        ),
+        "a TensorDict, not a ImportanceWeightedMLE": lambda: reweight(swapped, swapped),
         "SimpleNamespace; pass its .trajectories": lambda: annotate_reference(policy, data),
     }
     for message, door in doors.items():
