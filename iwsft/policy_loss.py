@@ -248,7 +248,7 @@ class PolicyLoss(LossModule):
                 # A TensorDict's own deepcopy clones, without looking at what is copied already.
                 own = params.apply(lambda x: deepcopy(x, memo))
                 memo[id(params)] = TensorDictParams(own, no_convert=True)
-        copied.__setstate__(deepcopy(vars(self), memo))
+        copied.__setstate__(deepcopy(self.__dict__, memo))
         return copied
 
     def named_parameters(
