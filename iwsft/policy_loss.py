@@ -116,6 +116,7 @@ class PolicyLoss(LossModule):
         super().__init__()
         self.written = None
         self.loaded = False
+        self._has_buffers = next(policy.buffers(), None) is not None
         if functional:
             self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
             return
@@ -141,10 +142,11 @@ class PolicyLoss(LossModule):
         if self.functional:
             name = "target_actor_network_params" if lagged else "actor_network_params"
             params = getattr(self, name)
-            places = [] if lagged else _places_of_buffers(params)
+            watched = self._has_buffers and not lagged
+            places = _places_of_buffers(params) if watched else []
             with holding(params, self.actor_network):
                 yield self.actor_network
-            if not lagged and places != _places_of_buffers(params):
+            if watched and places != _places_of_buffers(params):
                 problem = "the policy has replaced a buffer by another, which this loss alone sees"
                 way_out = "pass functional=False, or write into the buffer (copy_)"
                 raise ValueError(f"{problem}: {way_out}")
