@@ -49,6 +49,8 @@ _FORMS = {
         "walker2d_replay_forms.json",
         "halfcheetah_replay_forms.json",
         "walker2d_gaits.json",
+        "walker2d_one_gait_again.json",
+        "hopper_one_gait.json",
     ),
 }
 # Loops of each record, and the differences that its page shows.

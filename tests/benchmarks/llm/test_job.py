@@ -73,11 +73,8 @@ def test_every_algorithm_writes_its_files(
         assert result["steps"] == 6 and result["proposal"] == algorithm.proposal
         assert result["cpu_seconds"] >= result["evaluation_cpu_seconds"] > 0
         assert result["interval"][0] <= result["score"] <= result["interval"][1]
-        assert result["n"] == 40
-        assert (
-            config["settings"]["training"]["max_steps"] == 6
-            and {"iwsft", "torch"} <= config["versions"].keys()
-        )
+        assert (result["n"], config["settings"]["training"]["max_steps"]) == (40, 6)
+        assert {"iwsft", "torch"} <= config["versions"].keys()
         logged = rows(run)
         assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
         assert [row["cpu_seconds"] for row in logged] == sorted(r["cpu_seconds"] for r in logged)
