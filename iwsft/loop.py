@@ -147,7 +147,8 @@ def run_loop(
     Raises:
         FileExistsError: A loop is in the folder, or another process works there.
         CheckpointError: The loop in the folder has other settings, or a file of it is damaged.
-        TypeError: A stage returned no mapping, or no plain value, or a score that is no number.
+        TypeError: A stage returned something else than a mapping of plain values, or a score that
+            is not a number.
         ValueError: ``fine_tune`` returned no policy, ``score`` or ``evaluate`` a number that is NaN
             or infinite, or ``evaluate`` no interval.
     """
@@ -238,7 +239,7 @@ def _check_facts(one: Round, name: str, facts: Facts) -> None:
             json.dumps(value)
         except TypeError as error:
             raise TypeError(
-                f"{told}, which is no plain value; return float(...) or str(...)"
+                f"{told}, which is not a plain value; return float(...) or str(...)"
             ) from error
         numbers = value if isinstance(value, list | tuple) else [value]
         compared = name in ("score", "evaluate")

@@ -182,7 +182,7 @@ def check_draws(loss: LossModule, sampler: Any) -> None:
     """Check that there are loss and sampler, and that whole trajectories come where needed."""
     if not isinstance(loss, LossModule):
         way_out = "pass ImportanceWeightedMLE(policy), or another LossModule of TorchRL"
-        raise TypeError(f"a {type(loss).__name__} is no loss; {way_out}")
+        raise TypeError(f"a {type(loss).__name__} is not a loss; {way_out}")
     if not callable(getattr(sampler, "sample", None)):
         way_out = "pass StepSampler(trajectories, 256) or TrajectorySampler(trajectories, 8)"
         raise TypeError(f"a {type(sampler).__name__} is not a sampler of batches; {way_out}")

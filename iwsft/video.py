@@ -53,7 +53,7 @@ def recorded(path: Path, env_id: str, env_kwargs: Mapping[str, Any]) -> Iterator
     """
     if path.suffix.lower() != ".mp4":
         name = path.with_suffix(".mp4")
-        raise ValueError(f"{path} is no name of a video, which is an MP4 file; call it {name}")
+        raise ValueError(f"{path} is not the name of an MP4 file; call it {name}")
     env, (height, width, _) = _make(env_id, env_kwargs)
     fps = env.metadata.get("render_fps", 30)
     with written_whole(path) as partial, env:

@@ -187,8 +187,12 @@ def test_a_score_that_does_not_compare_is_refused(
 @pytest.mark.parametrize(
     ("name", "facts", "message"),
     [
-        ("evaluate", {"score": np.float32(0.5)}, "score=.*, which is no plain value; return float"),
-        ("fine_tune", {"policy": Path("policy")}, "policy=PosixPath.*, which is no plain value"),
+        (
+            "evaluate",
+            {"score": np.float32(0.5)},
+            "score=.*, which is not a plain value; return float",
+        ),
+        ("fine_tune", {"policy": Path("policy")}, "policy=PosixPath.*, which is not a plain value"),
         ("evaluate", {"score": "0.5"}, "score='0.5'; it must be a number"),
         (
             "evaluate",

@@ -236,7 +236,7 @@ def test_what_is_no_part_of_a_training_is_named() -> None:
         "a SimpleNamespace; pass its .trajectories": lambda: validate(data),
         r"schedule=100 must be a Schedule\(steps, lr\)": lambda: fit(loss, sampler, 100),
         "pass its .trajectories": lambda: StepSampler(data, 2),
-        "GaussianPolicy is no loss; pass ImportanceWeightedMLE": lambda: fit(
+        "GaussianPolicy is not a loss; pass ImportanceWeightedMLE": lambda: fit(
             unweighed, sampler, schedule
         ),
         "a TensorDict, not a ImportanceWeightedMLE": lambda: reweight(swapped, swapped),

@@ -81,7 +81,9 @@ def test_what_can_not_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
             evaluate(policy, "Slide-v0", episodes=1, video=file)
     pytest.importorskip("imageio_ffmpeg")
     for name in ("episode", "episode.gif"):
-        with pytest.raises(ValueError, match=rf"{name} is no name .*; call it .*episode\.mp4"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is not the name of an MP4 file; call it .*episode\.mp4"
+        ):
             evaluate(policy, "Slide-v0", episodes=1, video=tmp_path / name)
     with pytest.raises(ValueError, match="draws no pictures"):
         evaluate(policy, "Invisible-v0", episodes=1, video=file)
