@@ -268,6 +268,30 @@ def source_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
     return grid
 
 
+def error_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
+    """What ``scripts.imitation_error`` measured, one row for each dataset and algorithm.
+
+    Differences are those to equal weights on the seeds that both have, paired.
+    """
+    grid = Grid(["dataset", "", "seeds"], left=2)
+    measures = {"error": ("error", 3), "slope": ("slope", 3), "score": ("score", 1)}
+    for title, _ in measures.values():
+        grid.columns += [title, f"{title}, less equal weights"]
+    equal = {record["dataset"]: record for record in records if record["algo"] == EQUAL[0]}
+    for record in records:
+        row = [record["dataset"], FORMS[record["algo"]], str(len(record["seeds"]))]
+        for name, (_, digits) in measures.items():
+            row.append(mean_text(record[name], digits))
+            ours, others = (
+                dict(zip(each["seeds"], each[name], strict=True))
+                for each in (record, equal[record["dataset"]])
+            )
+            gaps = [ours[seed] - others[seed] for seed in ours if seed in others]
+            row.append(NOTHING if record is equal[record["dataset"]] else mean_text(gaps, digits))
+        grid.rows.append(row)
+    return grid
+
+
 def mean_text(values: NDArray[np.float64] | Sequence[float], digits: int) -> str:
     """The mean with its 95 % interval."""
     low, high = (float(end) for end in t_interval(values))

@@ -18,6 +18,7 @@ from benchmarks.results import CONTROL, RecordedRun, read_runs
 from scripts.control_tables import (
     difference_grid,
     draw_grid,
+    error_grid,
     form_grid,
     gain_grid,
     policy_grid,
@@ -90,6 +91,8 @@ def with_tables(text: str, results: Path) -> str:
             grid = step_grid(json.loads((results / name).read_text()))
         elif kind == "sources":
             grid = source_grid(json.loads((results / name).read_text()))
+        elif kind == "errors":
+            grid = error_grid(json.loads((results / name).read_text()))
         elif kind == "gains":
             grid = gain_grid(
                 [
