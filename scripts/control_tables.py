@@ -273,21 +273,21 @@ def error_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
 
     Differences are those to equal weights on the seeds that both have, paired.
     """
-    grid = Grid(["dataset", "", "seeds"], left=2)
-    measures = {"error": ("error", 3), "slope": ("slope", 3), "score": ("score", 1)}
-    for title, _ in measures.values():
-        grid.columns += [title, f"{title}, less equal weights"]
+    digits = {"error": 3, "slope": 3, "score": 1}
+    titles = ((name, f"{name}, less equal weights") for name in digits)
+    grid = Grid(["dataset", "", "seeds", *itertools.chain(*titles)], left=2)
     equal = {record["dataset"]: record for record in records if record["algo"] == EQUAL[0]}
     for record in records:
+        other = equal[record["dataset"]]
+        both = [seed for seed in record["seeds"] if seed in other["seeds"]]
         row = [record["dataset"], FORMS[record["algo"]], str(len(record["seeds"]))]
-        for name, (_, digits) in measures.items():
-            row.append(mean_text(record[name], digits))
+        for name, shown in digits.items():
             ours, others = (
-                dict(zip(each["seeds"], each[name], strict=True))
-                for each in (record, equal[record["dataset"]])
+                np.array([[each[name][each["seeds"].index(seed)]] for seed in both])
+                for each in (record, other)
             )
-            gaps = [ours[seed] - others[seed] for seed in ours if seed in others]
-            row.append(NOTHING if record is equal[record["dataset"]] else mean_text(gaps, digits))
+            gap = signed(difference(ours, others, paired=True), shown)
+            row += [mean_text(record[name], shown), NOTHING if record is other else gap]
         grid.rows.append(row)
     return grid
 

@@ -89,6 +89,8 @@ def measure(runs: list[Path]) -> list[dict[str, Any]]:
                 **{name: [] for name in ("seeds", "error", "slope", "score")},
             },
         )
+        if config["seed"] in record["seeds"]:
+            raise ValueError(f"{run}: there are two runs of this seed")
         error, slope = of_actions(load_policy(run).act(states), wanted)
         score = json.loads((run / RESULT).read_text())["normalized_score"]
         for name, value in zip(

@@ -89,6 +89,8 @@ def measure(runs: list[Path]) -> list[dict[str, Any]]:
                 ],
             },
         )
+        if config["seed"] in record["seeds"]:
+            raise ValueError(f"{run}: there are two runs of this seed on {config['dataset']}")
         record["seeds"].append(config["seed"])
         for row, each in zip(record["sources"], shares[draws > 0], strict=True):
             row["weights"].append(float(each))

@@ -72,3 +72,5 @@ def test_each_trajectory_is_compared_with_the_policy_that_made_it(tmp_path: Path
         assert record["error"][seed] == pytest.approx(errors.mean().item(), rel=1e-4)
         score = json.loads((run / "result.json").read_text())["normalized_score"]
         assert record["score"][seed] == score
+    with pytest.raises(ValueError, match="two runs of this seed"):
+        measure([runs[0], runs[0]])
