@@ -16,7 +16,7 @@ from benchmarks.d4rl.options import Options
 from iwsft import curate, datasets, load_policy
 from iwsft.datasets.write import Provenance, to_hdf5
 from iwsft.trajectory import ACTION, OBSERVATION, TRAJ_IDS
-from scripts.imitation_error import POLICIES, measure, of_actions
+from scripts.imitation_error import EPISODES, POLICIES, measure, of_actions
 
 
 def test_error_and_slope_of_known_actions() -> None:
@@ -52,7 +52,7 @@ def test_each_trajectory_is_compared_with_the_policy_that_made_it(tmp_path: Path
         variant="k0",
         steps=4,
         reference_steps=4,
-        eval_episodes=1,
+        eval_episodes=EPISODES,
         curve_episodes=0,
         out=tmp_path,
         jobs=1,
@@ -60,7 +60,7 @@ def test_each_trajectory_is_compared_with_the_policy_that_made_it(tmp_path: Path
     main(options)
     runs = [tmp_path / f"k0/d4rl/hopper/iw-sft-q/seed-{seed}" for seed in options.seeds]
 
-    (record,) = measure(runs)
+    (record,) = measure(runs, [1.0])
     assert (record["algo"], record["seeds"]) == ("k0/iw-sft-q", [0, 1])
     # The actions of the data are noise-free.
     assert record["noise"] == pytest.approx(0.0, abs=1e-9)
@@ -71,6 +71,6 @@ def test_each_trajectory_is_compared_with_the_policy_that_made_it(tmp_path: Path
         errors = (own - wanted[ACTION]).square().sum(-1)
         assert record["error"][seed] == pytest.approx(errors.mean().item(), rel=1e-4)
         score = json.loads((run / "result.json").read_text())["normalized_score"]
-        assert record["score"][seed] == score
+        assert record["score"][seed] == score == record["scaled"]["1"][seed]
     with pytest.raises(ValueError, match="two runs of this seed"):
-        measure([runs[0], runs[0]])
+        measure([runs[0], runs[0]], [])
