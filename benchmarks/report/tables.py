@@ -25,6 +25,8 @@ _TIE = "The highest, but a tie: no interval of the difference to the next one le
 _NO_INTERVAL = f"The highest, perhaps by chance: fewer than {MIN_SEEDS} seeds have no interval."
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
+# Parts of a schedule, in words.
+_SCHEDULE = {"lr": "learning rate", "warmup": "warm-up", "steps": "updates"}
 # An effective sample size with which a few trajectories decide.
 _LOW_ESS = 0.1
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
@@ -86,7 +88,8 @@ def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Gr
         row = [scores.dataset_label(name[0]), scores.algorithm_label(name[1])]
         if name in by_name:
             cell = by_name[name]
-            row += [*_measured(grid, cell, cut_off[name]), f"{cell.cpu_seconds:,.0f}"]
+            apart = _schedule_apart(cell, group)
+            row += [*_measured(grid, cell, cut_off[name], apart), f"{cell.cpu_seconds:,.0f}"]
         else:
             row += [f"0 of {cut_off[name]}"] + [NOTHING] * (len(columns) - 3)
         for number in (table.numbers.get(name) for table in papers):
@@ -121,6 +124,7 @@ def matrix_grid(group: Sequence[Cell]) -> Grid:
                 notes.append(_RETURN)
             if cell and cell.note:
                 notes.append(cell.note)
+            notes += _schedule_apart(cell, group) if cell else []
             if (task, name) in highest:
                 grid.bold.add((len(grid.rows), len(row)))
                 notes += highest[task, name]
@@ -136,7 +140,7 @@ def _leads(highest: Cell, following: Cell) -> list[str]:
     return [] if scores.is_higher([highest], [following]) else [_TIE]
 
 
-def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
+def _measured(grid: Grid, cell: Cell, cut_off: int, apart: list[str]) -> list[str]:
     """Seeds, episodes, score, deviation and interval; share of successful episodes and interval."""
     count = len(cell.runs)
     equal = count >= MIN_SEEDS and cell.interval is None
@@ -150,6 +154,7 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
         notes.append(_RETURN)
     notes += cell.differences()
     notes += [cell.note] if cell.note else []
+    notes += apart
     row = [
         f"{count} of {count + cut_off}" if cut_off else str(count),
         "/".join(dict.fromkeys(str(run.result.get("episodes")) for run in cell.runs)),
@@ -165,6 +170,22 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     interval = scores.interval_over_seeds(rates, 0.0, 1.0)
     same = len(rates) >= MIN_SEEDS and interval is None
     return [*row, mean, grid.marked(interval_text(interval, digits=2), [EQUAL_SEEDS] * same)]
+
+
+def _schedule_apart(cell: Cell, group: Sequence[Cell]) -> list[str]:
+    """A note where not all fine-tuning on a dataset has this cell's learning rate and updates."""
+    others = [each.schedule for each in group if each.dataset == cell.dataset and each.schedule]
+    differ = [
+        f"{_SCHEDULE[name]} {value:g}"
+        for name, value in cell.schedule.items()
+        if any(other.get(name) != value for other in others)
+    ]
+    if not differ:
+        return []
+    return [
+        f"Fine-tuned with {', '.join(differ)}, unlike others here: not all of a difference to "
+        "those is that of the weights (--temperature 0 runs without weights)."
+    ]
 
 
 def _few_decide(cell: Cell) -> list[str]:

@@ -47,6 +47,21 @@ def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: Mak
     assert "Seeds differ in their settings (config.json is missing: seed 3)." in notes
 
 
+def test_fine_tuning_of_another_schedule_is_told_beside_the_score(
+    tmp_path: Path, make_run: MakeRun
+) -> None:
+    for dataset, rate in (("hopper-a", 1e-4), ("hopper-b", 4e-5)):
+        for algo, lr in (("sft-q", 4e-5), ("iw-sft-q", rate)):
+            tuning = {"lr": lr, "warmup": 10, "steps": 100, "k": 1.0}
+            config = {"settings": {"seed": 0, "algo": algo, "fine_tuning": tuning}}
+            make_run(tmp_path, dataset, algo, 0, 50.0, config=config)
+        make_run(tmp_path, dataset, "bc", 0, 40.0)
+    group = cells(read_runs(tmp_path, CONTROL))
+    for grid in (score_grid(group), matrix_grid(group)):
+        rates = [re.findall(r"(?:rate|warm-up|updates) \S+,", note) for note in grid.notes]
+        assert [*filter(None, rates)] == [["rate 4e-05,"], ["rate 0.0001,"]]
+
+
 def test_algorithms_that_were_tested_in_other_versions_are_named(
     tmp_path: Path, make_run: MakeRun
 ) -> None:
