@@ -23,7 +23,7 @@ from iwsft.policies.log_prob import (
 )
 from iwsft.policy_loss import Keys, PolicyLoss
 from iwsft.presets import ImportanceWeights
-from iwsft.trajectory import MASK, Segments, fit, on_host
+from iwsft.trajectory import MASK, Segments, on_host
 from iwsft.validation import check_multiplicity, check_valid_steps
 from iwsft.weights import Temperature, exponential
 
@@ -394,18 +394,6 @@ class ImportanceWeightedMLE(PolicyLoss):
         """log pi_ref of each step, as the batch holds it."""
         how = "run iwsft.annotate_reference(reference_policy, trajectories) first"
         return self._needed(batch, self.tensor_keys.ref_log_prob, segments, how)
-
-    def _needed(
-        self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str
-    ) -> Tensor:
-        value = self._entry(batch, key, segments)
-        if value is None:
-            raise KeyError(f"this loss needs {key!r} in the batch: {how}")
-        return value
-
-    def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments) -> Tensor | None:
-        value = batch.get(key, default=None)
-        return None if value is None else fit(value, segments.shape, repr(key)).detach()
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Set the keys that a call needs, in the order of a call without TensorDict."""

@@ -31,7 +31,7 @@ from iwsft.trajectory import (
     fit,
     on_host,
 )
-from iwsft.validation import check_links
+from iwsft.validation import check_digits, check_links
 
 # A prioritized replay buffer of TorchRL writes it, and TorchRL's losses multiply by it.
 PRIORITY_WEIGHT = "priority_weight"
@@ -236,6 +236,23 @@ class PolicyLoss(LossModule):
             problem = f"this loss counts steps that {MASK!r} leaves out, which have no log pi_ref"
             way_out = f"annotate_reference(policy, trajectories.exclude({MASK!r})), or set it there"
             raise ValueError(f"{problem}: {way_out}")
+
+    def _needed(
+        self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str
+    ) -> Tensor:
+        value = self._entry(batch, key, segments)
+        if value is None:
+            raise KeyError(f"this loss needs {key!r} in the batch: {how}")
+        return value
+
+    def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments) -> Tensor | None:
+        value = batch.get(key, default=None)
+        if value is None:
+            return None
+        value = fit(value, segments.shape, repr(key)).detach()
+        if key in (self.tensor_keys.ref_log_prob, self.tensor_keys.importance_weight):
+            check_digits(value, repr(key))
+        return value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a loss that was pickled or copied, with its q."""

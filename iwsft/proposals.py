@@ -15,7 +15,7 @@ from iwsft.chain import Weights
 from iwsft.forward_pass import ForwardPass
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.trajectory import Segments
-from iwsft.validation import check_count, check_tensordict
+from iwsft.validation import check_count, check_digits, check_tensordict
 from iwsft.weights import check_number, exponential
 
 
@@ -256,8 +256,6 @@ def _write(trajectories: TensorDictBase, key: NestedKey, value: Tensor) -> None:
     if stored is None:
         trajectories.set(key, value)
         return
-    if not stored.is_floating_point() or stored.itemsize < 4:
-        cut = f"{key!r} holds {stored.dtype}, which would round what is written into it"
-        raise ValueError(f"{cut}: exclude it from the trajectories, or make it float32")
+    check_digits(stored, repr(key))
     # In place: samplers refer to this tensor.
     trajectories.set_(key, value.reshape(stored.shape))

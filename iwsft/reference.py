@@ -31,8 +31,9 @@ from iwsft.trajectory import (
     TOKENS,
     TRAJ_IDS,
     Segments,
+    fit,
 )
-from iwsft.validation import check_links
+from iwsft.validation import check_digits, check_links
 
 _log = logging.getLogger(__name__)
 # Rounds of batches after which the progress of a pass is saved.
@@ -87,6 +88,9 @@ def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) ->
     policy, trajectories = forward.policy, forward.trajectories
     if trajectories.is_locked:
         raise ValueError("the trajectories are locked: pass trajectories.copy()")
+    given = trajectories.get(GIVEN_REF_LOG_PROB, default=None)
+    if given is not None:
+        check_digits(given, repr(GIVEN_REF_LOG_PROB))
     if cache is not None:
         if not isinstance(policy, nn.Module):
             kind = type(policy).__name__
@@ -135,6 +139,7 @@ def _set(trajectories: TensorDictBase, log_prob: Tensor) -> None:
     """Write the reference; where the data give their own, that one counts."""
     given = trajectories.get(GIVEN_REF_LOG_PROB, default=None)
     if given is not None:
+        given = fit(given, log_prob.shape, repr(GIVEN_REF_LOG_PROB))
         log_prob = torch.where(given.isnan(), log_prob, given)
     trajectories.set(REF_LOG_PROB, log_prob)
 

@@ -42,6 +42,14 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number from 1 on")
 
 
+def check_digits(numbers: Tensor, name: str) -> None:
+    """Refuse log-probs of the reference, or importance weights, that are less than float32."""
+    if not numbers.is_floating_point() or numbers.itemsize < 4:
+        problem = f"{name} holds {numbers.dtype}, which rounds importance weights"
+        way_out = "exclude it from the trajectories: annotate_reference and reweight write float32"
+        raise ValueError(f"{problem}; {way_out}")
+
+
 def check_tensordict(trajectories: object) -> None:
     """Raise a TypeError for anything but a TensorDict, with a hint at an attribute that is one."""
     if isinstance(trajectories, TensorDictBase):

@@ -10,7 +10,7 @@ import torch
 from tensordict import LazyStackedTensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorStorage
 
-from iwsft import HardSync, ImportanceWeightedMLE, ImportanceWeights, reweight
+from iwsft import HardSync, ImportanceWeightedMLE, ImportanceWeights, annotate_reference, reweight
 from iwsft.trajectory import pad
 
 
@@ -79,8 +79,31 @@ def test_an_entry_that_would_round_the_weights_is_refused(
     for write in (reweight, lambda x, loss: HardSync(loss, every=1, trajectories=x)):
         with pytest.raises(ValueError, match=f"'importance_weight' holds {dtype}.*exclude it"):
             write(data, make_loss("cached"))
+    with pytest.raises(ValueError, match=f"'importance_weight' holds {dtype}.*exclude it"):
+        make_loss("cached")(data)
     data["importance_weight"] = data["importance_weight"].float()
     for each in (data, exact):
         reweight(each, make_loss("cached"))
     assert torch.equal(data["importance_weight"], exact["importance_weight"])
     assert bool((exact["importance_weight"] % 1 != 0).any())
+
+
+@pytest.mark.parametrize("proposal", ["current", "lagged", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])
+def test_a_reference_that_would_round_the_weights_is_refused(
+    ready: Any, make_policy: Any, proposal: str, dtype: torch.dtype
+) -> None:
+    loss, data = ready(proposal)
+    exact = data["ref_log_prob"]
+    rounded = data.copy().set("ref_log_prob", exact.to(dtype))
+    with pytest.raises(ValueError, match=f"'ref_log_prob' holds {dtype}.*exclude it"):
+        loss(rounded)
+    with pytest.raises(ValueError, match=f"'given_ref_log_prob' holds {dtype}.*exclude it"):
+        given = data.copy().set("given_ref_log_prob", exact.to(dtype))
+        annotate_reference(make_policy(), given)
+    # The way out.
+    annotate_reference(make_policy(seed=99), rounded)
+    assert torch.equal(rounded["ref_log_prob"], exact)
+    # A column takes no other shape of the data's own log-probs with it.
+    column = data.copy().set("given_ref_log_prob", exact[:, None])
+    assert torch.equal(annotate_reference(make_policy(), column)["ref_log_prob"], exact)

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from iwsft.datasets.text.names import SWITCHES, WRONG, counts_less, objection, snake_case
 from iwsft.datasets.text.sources import Record, lists_records, records, row_named
 
@@ -392,7 +394,18 @@ def _optional(value: Any, name: str) -> Any:
         kind, fits = tuple, lambda numbers: all(is_number(x) and x <= most for x in numbers)
     if not fits(value):
         raise ValueError(f"{name} must be {rule}, it is {repr(value):.60}")
+    if name == "ref_log_probs" and _are_rounded(value):
+        problem = f"{name} are rounded to half precision, and so would be importance weights"
+        raise ValueError(f"{problem}; compute them from logits.float(), or drop them")
     return kind(value)
+
+
+def _are_rounded(log_probs: Iterable[float]) -> bool:
+    """Whether log-probs have the digits of bfloat16 or float16 alone, whatever holds them now."""
+    # A few, and those near 0, may have no other digits by chance.
+    x = torch.tensor([*{x for x in log_probs if x < -0.1}], dtype=torch.float64)
+    half = (torch.bfloat16, torch.float16)
+    return len(x) >= 8 and any(torch.equal(x, x.to(dtype).double()) for dtype in half)
 
 
 def _kind(value: Any) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 from pyarrow import parquet
 from row_records import CHAT, PAIR, contents, jsonl, turn
 
-from iwsft.datasets.text.rows import Row, read
+from iwsft.datasets.text.rows import Row, read, to_row
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -192,3 +194,20 @@ def test_data_in_memory_and_splits_that_would_change_nothing(tmp_path):
             read(source, split="test")
     with pytest.raises(FileNotFoundError, match="no file ~nobody-of-that-name/data.jsonl"):
         read("~nobody-of-that-name/data.jsonl")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_probs_of_half_precision_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Whatever holds them by then; weights of long answers amplify what was rounded."""
+    logs = torch.log_softmax(torch.randn(20, 9, generator=torch.Generator().manual_seed(0)), 1)
+    record = {"prompt": "2+2=", "completion": "four", "ref_log_probs": logs[:, 0]}
+    assert read([record])[0].ref_log_probs == tuple(logs[:, 0].tolist())
+    rounded = logs[:, 0].to(dtype)
+    (tmp_path / "rows.json").write_text(json.dumps([{**record, "ref_log_probs": rounded.tolist()}]))
+    for source in ([{**record, "ref_log_probs": rounded}], tmp_path / "rows.json"):
+        with pytest.raises(ValueError, match="row 0: ref_log_probs are rounded to half precision"):
+            read(source)
+    # Float32 has no more digits of the steps of a model that is sure.
+    sure = 30.0 - torch.tensor(30.0).add(1e-5 * torch.arange(20.0))
+    assert torch.equal(sure, sure.bfloat16().float())
+    assert len(to_row({**record, "ref_log_probs": sure}, "f:1").ref_log_probs or ()) == 20

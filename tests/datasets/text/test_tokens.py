@@ -302,7 +302,7 @@ def test_log_probs_of_the_policy_that_wrote_a_row():
     tokenizer = byte_level()
     pair = {"prompt": "2+2=", "completion": "four, I think"}
     number = len(tokenize([to_row(pair, "f:1")], tokenizer).trajectories)
-    logs = [-0.5 * token for token in range(number)]
+    logs = torch.linspace(0, -9, number).tolist()
     rows = [to_row({**pair, "ref_log_probs": logs}, "f:1"), to_row(pair, "f:2")]
     assert "given_ref_log_prob" not in tokenize(rows[1:], tokenizer).trajectories
     with warnings.catch_warnings():
