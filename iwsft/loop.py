@@ -138,7 +138,8 @@ def run_loop(
         settings: Plain values that decide the result; a resumed loop must have the same ones.
         resume: Whether to continue the loop that is in the folder.
         early_stop: Whether to end after a round whose score is below the interval of the best one.
-        about: Further entries of ``config.json``; a resumed loop tells of other ``versions``.
+        about: Further entries of ``config.json``; a resumed loop tells of other ``versions``, and of
+            another ``start``.
         tell: Function that takes a line about each stage.
 
     Returns:
@@ -154,7 +155,7 @@ def run_loop(
     """
     folder = Path(folder)
     with alone_in(folder, wait=False):
-        _claim(folder, settings, resume, about or {}, tell)
+        _claim(folder, settings, resume, {**(about or {}), "start": start}, tell)
         for number in range(rounds + 1):
             one = Round(number, folder, start)
             for name in NAMES if number else NAMES[-1:]:
@@ -273,7 +274,8 @@ def _claim(
     try:
         config = json.loads(path.read_text())
         differ = differences(config["settings"], settings)
-        changed = differences(config.get("versions", {}), about.get("versions", {}))
+        began = {"start": config.get("start", about["start"]), **config.get("versions", {})}
+        changed = differences(began, {"start": about["start"], **about.get("versions", {})})
     except (ValueError, LookupError, TypeError) as error:
         way_out = "move the folder away, or choose another one (--out)"
         raise CheckpointError(f"{path} is not what a loop writes ({error}); {way_out}") from error
@@ -281,4 +283,5 @@ def _claim(
         way_out = "run with those, or choose another folder (--out)"
         raise CheckpointError(f"{folder} holds a loop with other settings: {differ}; {way_out}")
     if changed:
-        tell(f"{folder} was begun with other versions, so rounds may differ: {changed}")
+        other = "another start or other versions"
+        tell(f"{folder} was begun with {other}, so rounds may differ: {changed}")

@@ -89,8 +89,8 @@ def plain(rounds: int) -> list[int]:
 
 
 def run(folder: Path, stages: Stages, rounds: int = 4, **options: Any) -> list[dict[str, Any]]:
-    shared: dict[str, Any] = {"settings": SETTINGS, "early_stop": False, "tell": len}
-    return run_loop(folder, stages, start="1", rounds=rounds, **{**shared, **options})
+    shared: dict[str, Any] = {"settings": SETTINGS, "early_stop": False, "tell": len, "start": "1"}
+    return run_loop(folder, stages, rounds=rounds, **{**shared, **options})
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -261,13 +261,14 @@ def test_it_ends_early_where_the_score_falls(tmp_path: Path) -> None:
     assert [row["score"] for row in rows] == scores
 
 
-def test_other_versions_are_told(tmp_path: Path) -> None:
+def test_other_versions_and_another_start_are_told(tmp_path: Path) -> None:
     lines: list[str] = []
-    for number, version in enumerate(("1.0", "1.0", "1.1")):
+    for number, (version, start) in enumerate((("1.0", "1"), ("1.0", "1"), ("1.1", "2"))):
         about = {"versions": {"torch": version}}
-        run(tmp_path, toy(), 1, resume=number > 0, about=about, tell=lines.append)
-        told = [line for line in lines if "torch='1.0' (now '1.1')" in line]
-        assert len(told) == (number == 2)
+        settings: dict[str, Any] = {"start": start, "about": about, "tell": lines.append}
+        run(tmp_path, toy(), 1, resume=number > 0, **settings)
+        for changed in ("torch='1.0' (now '1.1')", "start='1' (now '2')"):
+            assert len([line for line in lines if changed in line]) == (number == 2)
 
 
 def test_other_loops_are_refused(tmp_path: Path) -> None:

@@ -305,7 +305,6 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
         "env_id": loop.simulator.env_id,
         "algo": options.algo,
         "seed": options.seed,
-        "start": options.start,
         "command": typed("d4rl"),
         "versions": versions() | loop.simulator.versions,
         "hardware": hardware("cpu"),
