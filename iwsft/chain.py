@@ -328,7 +328,8 @@ def _chained(
     clips, choice = [], None
     for transform in transforms:
         name = getattr(transform, "reads", None)
-        before, x = x, transform(x, *share, *(() if name is None else (read[name],)))
+        # A copy: one that works in place would change what it is compared with, and others read.
+        before, x = x, transform(x.clone(), *share, *(() if name is None else (read[name],)))
         if isinstance(x, tuple):
             x, choice = x
         if not isinstance(x, Tensor) or x.shape != before.shape:

@@ -138,8 +138,8 @@ def run_loop(
         settings: Plain values that decide the result; a resumed loop must have the same ones.
         resume: Whether to continue the loop that is in the folder.
         early_stop: Whether to end after a round whose score is below the interval of the best one.
-        about: Further entries of ``config.json``; a resumed loop tells of other ``versions``, and of
-            another ``start``.
+        about: Further entries of ``config.json``; a resumed loop tells of other ``versions`` and
+            of another ``start``.
         tell: Function that takes a line about each stage.
 
     Returns:

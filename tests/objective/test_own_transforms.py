@@ -80,3 +80,34 @@ def test_what_is_no_function_is_no_transform() -> None:
     for given in (weights.Temperature, 2.0):
         with pytest.raises(TypeError, match="a transform is a function of weights"):
             ImportanceWeights(step=[given])  # type: ignore[list-item]
+
+
+class _Clip:
+    """A clip that works in place, or does not."""
+
+    clips = True
+
+    def __init__(self, in_place: bool, place: str) -> None:
+        self.in_place, self.place = in_place, place
+
+    def __call__(self, x: Tensor, *share: Tensor) -> Tensor:
+        return x.clamp_(-0.1, 0.1) if self.in_place else x.clamp(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("place", ["step", "trajectory"])
+@pytest.mark.parametrize("reduce", ["mean", None])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_transform_may_work_in_place(
+    ready: Any, assert_same: Any, place: str, reduce: Any, signed: bool
+) -> None:
+    """Steps of negative data weight are weighed by a chain of their own."""
+    found = []
+    for in_place in (True, False):
+        other: Any = ImportanceWeights(trajectory=[weights.ClipWeight(max=5.0)], reduce=reduce)
+        clip = {place: [_Clip(in_place, place)]}
+        chain: Any = ImportanceWeights(**clip, reduce=reduce, negative=other if signed else None)
+        loss, batch = ready("current", importance_weights=chain)
+        batch["data_weight"] = 1.0 - 1.5 * signed * (batch[TRAJ_IDS] % 2)
+        found.append(loss(batch))
+    assert_same(*found)
+    assert found[0]["clip_fraction"] > 0
