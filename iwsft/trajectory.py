@@ -84,14 +84,16 @@ class Segments:
 
         Raises:
             KeyError: A packed batch has no trajectory ids.
-            ValueError: There is no step, ids or mask are wrong, or the name of a dimension or the
-                observations show the layout ``[T, B]``. Values are not read on an accelerator: see
-                :func:`validate`.
+            ValueError: There is no step, ids or mask are wrong, the name of a dimension or the
+                observations show the layout ``[T, B]``, or rows without a mask are padded. Values
+                are not read on an accelerator: see :func:`validate`.
         """
         shape, ids, mask = _read_layout(batch, traj_ids, mask)
         pair = observation_pair(batch) if len(shape) == 2 else None
         if pair is not None and on_host(pair[0]):
             check_time_second(batch, shape)
+        if len(shape) == 2 and mask is None:
+            _check_padding(batch, shape)
         steps = shape.numel()
         if ids is None:
             device = (mask if mask is not None else next(iter(batch.values(True, True)))).device
@@ -186,6 +188,24 @@ def check_time_second(batch: TensorDictBase, shape: torch.Size) -> None:
     down, right = (float((a == b).all(2).double().mean()) for a, b in steps)
     if down > 0.5 > right:
         raise ValueError(_TIME_FIRST)
+
+
+def _check_padding(batch: TensorDictBase, shape: torch.Size) -> None:
+    """Refuse rows without a mask in which all that follows the end of an episode is 0."""
+    action, done = (batch.get(key, default=None) for key in (ACTION, DONE))
+    known = all(isinstance(x, Tensor) and x.shape[:2] == shape for x in (action, done))
+    if not known or not on_host(done) or bool(action[:, -1].reshape(shape[0], -1).any(1).all()):
+        return
+    ended = done.reshape(*shape, -1).any(2)
+    behind = (ended.flip(1).cumsum(1).flip(1) == 0) & ended.any(1, keepdim=True)
+    for value in batch.exclude(REF_LOG_PROB).values(True, True):
+        if isinstance(value, Tensor) and value.shape[:2] == shape:
+            behind[(behind & value.reshape(*shape, -1).any(2)).any(1)] = False
+    if bool(behind.any()):
+        row, step = behind.nonzero()[0].tolist()
+        problem = f"row {row} is 0 from step {step} on, behind the end of its episode"
+        way_out = f"pad_sequence(..., return_mask=True) gives one; set it as {MASK!r}"
+        raise ValueError(f"{problem}: this is padding, and there is no mask; {way_out}")
 
 
 def _read_layout(

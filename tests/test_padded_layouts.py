@@ -123,3 +123,34 @@ def test_padding_that_another_mask_tells_is_refused(made_by: str) -> None:
         curate(padded, cuts=())
     padded[MASK] = mask
     assert lengths(curate(padded, cuts=())).tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_padding_that_nothing_marks_is_refused_where_an_end_shows_it(with_ids: bool) -> None:
+    parts: Any = [rollout([n])[0].exclude(*[] if with_ids else ["collector"]) for n in (3, 5, 2)]
+    padded = pad_sequence(parts)
+    policy = GaussianPolicy(3, 2, hidden=(4,))
+    loss = ImportanceWeightedMLE(policy, proposal="reference")
+    doors: list[Any] = [
+        lambda x: curate(x, cuts=(50,)),
+        lambda x: annotate_reference(policy, x),
+        validate,
+        pack,
+        loss,
+    ]
+    mask = torch.arange(5) < torch.tensor([3, 5, 2])[:, None]
+    for door in doors:
+        with pytest.raises(ValueError, match="row 0 is 0 from step 3 on, .* return_mask=True"):
+            door(padded.clone())
+        door(padded.clone().set(MASK, mask))
+    # A reference of the padding, computed by the user's own code, hides nothing.
+    with pytest.raises(ValueError, match="there is no mask"):
+        loss(padded.clone().set("ref_log_prob", -torch.ones(3, 5)))
+    # What follows an end is the next episode where anything is in it, as in env.rollout.
+    for key in ("observation", "action", REWARD):
+        rows = padded.clone()
+        rows[key][~mask] = torch.randn(rows[key][~mask].shape)
+        for door in doors:
+            door(rows.clone())
+    # Steps at rest before any end are steps.
+    loss(padded.clone().set(DONE, torch.zeros(3, 5, 1, dtype=torch.bool)))
