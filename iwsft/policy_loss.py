@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from iwsft.policies.log_prob import check_memory
+from iwsft.policies.log_prob import check_memory, takes_statistics
 from iwsft.trajectory import (
     ACTION,
     ASSISTANT_MASK,
@@ -206,10 +206,16 @@ class PolicyLoss(LossModule):
     def _check_batch(self, batch: TensorDictBase, segments: Segments, share: Tensor) -> None:
         """Refuse slices that would be read as one trajectory, see :func:`check_links`.
 
-        Warn where a batch does not have what the last sync wrote: it comes from a copy.
+        Warn where a batch does not have what the last sync wrote: it comes from a copy; and where
+        a layer normalises masked steps with the others.
         """
         if not on_host(share):
             return
+        masks = self._has_buffers and segments.mask is not None and not bool(segments.mask.all())
+        if masks and takes_statistics(self.actor_network):
+            problem = "the policy normalises by the batch, masked steps included"
+            way_out = "leave them out of the batch (iwsft.trajectory.pack), or call loss.eval()"
+            warnings.warn(f"{problem}: {way_out}", UserWarning, stacklevel=2)
         if len(segments.shape) == 1 and not segments.single_steps and TRAJ_IDS in batch.keys(True):
             check_links(batch)
         if self.written is None:

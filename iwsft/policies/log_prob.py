@@ -20,6 +20,7 @@ from torch.distributions import Categorical, Independent, constraints
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torchrl.modules import (
+    BatchRenorm1d,
     MaskedOneHotCategorical,
     OneHotCategorical,
     TanhNormal,
@@ -58,9 +59,8 @@ def noise_watch(policy: nn.Module, device: torch.device) -> Callable[[], bool]:
     if torch.compiler.is_compiling() or (
         device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     ):
-        trained = [module for module in policy.modules() if module.training]
-        differs = any(isinstance(m, _DropoutNd) and m.p for m in trained)
-        differs |= any(isinstance(m, _NormBase) and m.track_running_stats for m in trained)
+        drops = any(m.training and isinstance(m, _DropoutNd) and m.p for m in policy.modules())
+        differs = drops or takes_statistics(policy)
         return lambda: differs
     if device.type == "cpu":
         state = torch.get_rng_state
@@ -68,6 +68,15 @@ def noise_watch(policy: nn.Module, device: torch.device) -> Callable[[], bool]:
         state = partial(torch.get_device_module(device).get_rng_state, device)
     before, written = state(), _writes(policy)
     return lambda: not torch.equal(before, state()) or written != _writes(policy)
+
+
+def takes_statistics(policy: nn.Module) -> bool:
+    """Whether a layer of torch or TorchRL takes statistics of the batch, in train mode."""
+    trained = [module for module in policy.modules() if module.training]
+    return any(
+        isinstance(m, BatchRenorm1d) or (isinstance(m, _NormBase) and m.track_running_stats)
+        for m in trained
+    )
 
 
 def _writes(policy: nn.Module) -> list[tuple[int, int]]:

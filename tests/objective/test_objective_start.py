@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from iwsft import (
     reweight,
     weights,
 )
-from iwsft.trajectory import pad, select
+from iwsft.trajectory import MASK, pad, select
 
 START_CHAINS = {
     "plain": ImportanceWeights(),
@@ -125,6 +126,29 @@ def test_q_has_running_statistics_where_the_policy_has_those_of_the_batch(
     parts = zip(terms.log_weight.split([5, 8, 12]), log_ratio.split([5, 8, 12]), strict=True)
     for weight, ratio in parts:
         torch.testing.assert_close(weight, ratio.mean().expand_as(weight))
+
+
+@pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchRenorm1d])
+def test_masked_steps_in_the_statistics_of_a_batch_are_told(
+    make_batch: Any, make_policy: Any, functional: bool, norm: Any
+) -> None:
+    policy, batch = make_policy(hidden=(32, 32)), make_batch()
+    (net,) = [module for module in policy.modules() if isinstance(module, MLP)]
+    net.insert(1, norm(32))
+    loss = ImportanceWeightedMLE(policy, proposal="reference", functional=functional)
+    masked = batch.copy().set(MASK, torch.arange(len(batch)) % 5 != 4)
+    other = masked.clone()
+    other["observation"][~masked[MASK]] += 9.0
+    with pytest.warns(UserWarning, match="normalises by the batch, masked steps included"):
+        assert loss(masked)["loss_iw_mle"] != loss(other)["loss_iw_mle"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(batch)
+        loss(batch.copy().set(MASK, torch.ones(len(batch), dtype=torch.bool)))
+        loss(masked[masked[MASK]])
+        loss.eval()
+        assert loss(masked)["loss_iw_mle"] == loss(other)["loss_iw_mle"]
 
 
 def test_a_policy_does_not_lose_buffers_that_it_replaces(make_batch: Any, make_policy: Any) -> None:
