@@ -97,7 +97,9 @@ _BASE_IN_WORDS = re.compile(
 )
 _INDEX = re.compile(rf"\d[)}}]*\s*_\s*\{{?\s*(?:\\(?:text|mathrm)\s*\{{\s*)?{_BASE}")
 _RELATION = r"((?:\\not\s*)?[<>]=?|\\not\s*=|\\(?:neq?|n?[lg]eq?(?:slant)?|[lg]t)(?![a-z]))"
-_BOUND = re.compile(rf"^{_RELATION}|(?:{_RELATION}|(\+))$")
+# An operator without what follows it: Math-Verify reads what comes before it.
+_OPERATOR = r"([-+^_/=({]|\\(?:cdot|times|div|d?frac|sqrt))"
+_BOUND = re.compile(rf"^{_RELATION}|(?:{_RELATION}|{_OPERATOR})$")
 _SAME_BOUNDS = {
     **{r"\leq": r"\le", r"\leqslant": r"\le", "<=": r"\le", r"\lt": "<", r"\neq": r"\ne"},
     **{r"\geq": r"\ge", r"\geqslant": r"\ge", ">=": r"\ge", r"\gt": ">"},
@@ -172,7 +174,7 @@ def parse_integer(answer: str) -> int | None:
 
     Of an equation the side that is a number counts: ``3 * 6 = 18`` is 18.
     """
-    text = _MODULUS.sub("", _without_layout(answer))
+    text = _MODULUS.sub("", _without_layout(write_bases(answer)))
     text = re.sub(r"(?<=\d)[, '](?=\d{3}(?!\d))", "", _EXPLANATION.sub("", text))
     if _SEVERAL.search(text):
         return None
@@ -203,8 +205,8 @@ def write_bases(latex: str) -> str:
 def differ_unread(correct: str, answer: str) -> bool:
     r"""Whether answers differ in what Math-Verify does not read.
 
-    It reads ``12_3``, ``\le 12``, ``12\text{ million}`` and ``12, \dots`` as 12. An answer without
-    a base may be in that of the right one, which the question names.
+    It reads ``12_3``, ``\le 12``, ``12\text{ million}``, ``12, \dots`` and ``12^`` as 12. An answer
+    without a base may be in that of the right one, which the question names.
     """
     bases = _bases(answer)
     if bases and bases != (_bases(correct) or {10}):

@@ -83,6 +83,18 @@ def grader() -> Iterator[Grader]:
         ("7", r"7\text{ or more}", False),
         ("7", r"7\text{ millimeters}", True),
         ("1, 2", r"1, 2, \dots", False),
+        # What is cut off is no answer.
+        ("7", "7^", False),
+        ("7", "7^{", False),
+        ("7", "7_", False),
+        ("7", "7-", False),
+        ("7", "7 /", False),
+        ("7", "7=", False),
+        ("7", r"7\cdot", False),
+        ("7", r"7\frac", False),
+        ("7", r"7^{\circ}", True),
+        ("7", "7^{1}", True),
+        ("7", r"\approx 7", True),
     ],
 )
 def test_math(grader: Grader, correct: str, answer: str, right: bool) -> None:
@@ -96,6 +108,7 @@ def test_integers_and_letters_need_no_process() -> None:
         ("integer", "18", r"\$18.00", True),
         ("integer", "18", "19", False),
         ("integer", "18", "many", False),
+        ("integer", "101", "101 in base two", False),
         ("letter", "C", "C", True),
         ("letter", "C", "D", False),
         ("letter", "C", "many", False),
