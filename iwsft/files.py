@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+# Of files in D4RL's layout.
+HDF5_SUFFIXES = (".hdf5", ".h5")
 _A_DAY = 24 * 60 * 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

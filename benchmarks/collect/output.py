@@ -21,12 +21,11 @@ from iwsft import files
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.datasets import write
 from iwsft.datasets.episodes import Steps, pack_steps
-from iwsft.files import write_json
+from iwsft.files import HDF5_SUFFIXES, write_json
 
 # D4RL's fields of whole episodes, and "success" where the environment reports it.
 Fields = dict[str, NDArray[Any]]
 _MINARI = "minari:"
-_SUFFIXES = (".hdf5", ".h5")
 _PART = re.compile(r"part-\d{6,}\.npz")
 
 
@@ -43,7 +42,7 @@ class Output:
         if out.startswith(_MINARI):
             return cls(out, write.minari_folder(out.removeprefix(_MINARI)))
         path = Path(out).expanduser()
-        if path.suffix.lower() not in _SUFFIXES:
+        if path.suffix.lower() not in HDF5_SUFFIXES:
             ways = "a file ending in .hdf5 or .h5, nor minari:NAMESPACE/NAME-v0"
             raise ValueError(f"--out {out}: neither {ways}")
         return cls(str(path), path)
@@ -56,7 +55,7 @@ class Output:
     @property
     def run(self) -> Path:
         """Folder of the online run's learning curve and policy."""
-        stem = self.path.stem if self.path.suffix.lower() in _SUFFIXES else self.path.name
+        stem = self.path.stem if self.path.suffix.lower() in HDF5_SUFFIXES else self.path.name
         return self.path.with_name(f"{stem}.sac")
 
     def recorded(self) -> tuple[dict[str, Any], int]:

@@ -31,13 +31,16 @@ Examples:
 @stopping.ends_in_one_line()
 def main(options: Options) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
-    from benchmarks.d4rl.options import check_options, choose_suite, folders
+    from benchmarks.d4rl.options import check_names, check_options, choose_suite, folders
     from benchmarks.runs import check_free
 
     suite = choose_suite(options)
     check_options(options, suite)
     if not options.resume:
         check_free(folders(options, suite))
+    # A suite leaves out what is not there.
+    if options.suite is None:
+        check_names(suite)
     # Takes seconds to import.
     from benchmarks.d4rl.job import run_job
 

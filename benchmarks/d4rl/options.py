@@ -23,6 +23,7 @@ from benchmarks.options import (
     option,
 )
 from benchmarks.runs import folder_of
+from iwsft.files import HDF5_SUFFIXES
 
 Preset = Literal["paper", "authors"]
 Estimator = Literal["steps", "trajectories"]
@@ -341,11 +342,20 @@ def parts_of(source: str) -> list[str]:
     return [source] if Path(source).expanduser().exists() else source.split("+")
 
 
+def check_names(suite: Suite) -> None:
+    """Check that the datasets are known, which imports torch, and not yet all of a job."""
+    from iwsft.datasets import check_name
+
+    for source in filter(None, (*suite.dataset, suite.pretrain_dataset)):
+        for part in parts_of(source):
+            check_name(part)
+
+
 def name_of(source: str, pretrain_source: str | None = None) -> str:
     """Name of the folders of the runs on data: that of the dataset, known before it is loaded."""
     names = [
         Path(part).stem
-        if part.lower().endswith((".hdf5", ".h5"))
+        if part.lower().endswith(HDF5_SUFFIXES)
         else part.removeprefix("minari:").replace("/", "-")
         for part in parts_of(source)
     ]

@@ -24,7 +24,7 @@ from iwsft.datasets import d4rl, minari_store
 from iwsft.datasets.actions import describe, scaled
 from iwsft.datasets.catalog import CATALOG, reference_scores
 from iwsft.datasets.dataset import WHOLE, OfflineDataset
-from iwsft.files import cache_folder
+from iwsft.files import HDF5_SUFFIXES, cache_folder
 
 __all__ = [
     "BUNDLED",
@@ -105,6 +105,7 @@ def load(
 def _read(
     name_or_path: str | Path, cache_dir: str | Path | None, trust_env_module: bool, weight: Any
 ) -> OfflineDataset:
+    check_name(name_or_path, cache_dir)
     name = str(name_or_path)
     if name in BUNDLED:
         file = resources.files("iwsft.datasets") / "data" / f"{name}.hdf5"
@@ -113,9 +114,6 @@ def _read(
             return d4rl.read(path, name=name, source=source, data_weight=weight)
     if name in COLLECTED:
         path = collected_file(name, cache_dir)
-        if not path.is_file():
-            command = f"`iwsft collect sets {name}` builds it"
-            raise FileNotFoundError(f"{name} is not at {path} yet; {command}")
         source = f"the set {name} of benchmarks.collect"
         return d4rl.read(path, name=name, source=source, data_weight=weight)
     if name in CATALOG:
@@ -125,16 +123,26 @@ def _read(
         path = cache_folder(cache_dir) / "d4rl" / entry.filename
         download.fetch(entry.urls, path, sha256=entry.sha256, signature=_HDF5_SIGNATURE)
         return d4rl.read(path, name=name, source=entry.url, data_weight=weight)
-    if isinstance(name_or_path, Path) or name.lower().endswith(d4rl.SUFFIXES):
+    if isinstance(name_or_path, Path) or name.lower().endswith(HDF5_SUFFIXES):
         path = Path(os.path.expanduser(name_or_path))
         return d4rl.read(path, trust_env_module=trust_env_module, data_weight=weight)
-    minari_id = name.removeprefix(_MINARI_PREFIX)
-    if minari_id != name or ("/" in name and minari_store.ID.fullmatch(name)):
-        return minari_store.read(minari_id, data_weight=weight)
+    return minari_store.read(name.removeprefix(_MINARI_PREFIX), data_weight=weight)
+
+
+def check_name(name_or_path: str | Path, cache_dir: str | Path | None = None) -> None:
+    """Refuse what :func:`load` can't find by its name alone, before anything is read."""
+    name = str(name_or_path)
+    if name in COLLECTED and not (path := collected_file(name, cache_dir)).is_file():
+        command = f"`iwsft collect sets {name}` builds it"
+        raise FileNotFoundError(f"{name} is not at {path} yet; {command}")
+    is_file = isinstance(name_or_path, Path) or name.lower().endswith(HDF5_SUFFIXES)
+    is_minari = name.startswith(_MINARI_PREFIX) or ("/" in name and minari_store.ID.fullmatch(name))
+    if is_file or is_minari or name in available():
+        return
     near = difflib.get_close_matches(name, available(), n=3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     if Path(name).exists():
-        hint = f"; {name} exists on disk, but a file must end in {' or '.join(d4rl.SUFFIXES)}."
+        hint = f"; {name} exists on disk, but a file must end in {' or '.join(HDF5_SUFFIXES)}."
     raise ValueError(
         f"unknown dataset {name!r}{hint} Pass the path of a .hdf5 file in D4RL's layout, a Minari "
         f"id ('{_MINARI_PREFIX}NAME-v0'), or a name that iwsft.datasets.available() lists"

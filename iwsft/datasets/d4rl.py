@@ -27,11 +27,11 @@ from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import find_ends, move_time_limits
 from iwsft.datasets.episodes import Flags, Steps, check_steps, cut_steps, weigh_steps
 from iwsft.datasets.marks import kind_of, marked_ends
+from iwsft.files import HDF5_SUFFIXES
 
 if TYPE_CHECKING:
     import h5py
 
-SUFFIXES = (".hdf5", ".h5")
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 # Groups in which programs keep what they record beside the steps.
 _BESIDE = ("infos", "info", "env_infos", "meta", "metadata")
@@ -228,6 +228,6 @@ def _describe_missing(path: Path) -> str:
         return f"{path} is a folder; pass one of its .hdf5 files"
     if not path.parent.is_dir():
         return f"no file {path}: there is no folder {path.parent}"
-    others = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES]
+    others = [p.name for p in path.parent.iterdir() if p.suffix in HDF5_SUFFIXES]
     near = difflib.get_close_matches(path.name, others, n=1)
     return f"no file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")

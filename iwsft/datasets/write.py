@@ -25,10 +25,9 @@ from tensordict import TensorDictBase
 
 from iwsft import environments, files
 from iwsft.datasets.catalog import reference_scores
-from iwsft.datasets.d4rl import SUFFIXES
 from iwsft.datasets.episodes import check_actions
 from iwsft.datasets.minari_store import check_id
-from iwsft.files import full_disk_named, new_partial
+from iwsft.files import HDF5_SUFFIXES, full_disk_named, new_partial
 from iwsft.trajectory import (
     ACTION,
     DATA_WEIGHT,
@@ -100,7 +99,7 @@ def to_hdf5(
     import h5py
 
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in HDF5_SUFFIXES:
         raise ValueError(f"{path} must end in .hdf5 or .h5, or datasets.load can't read it")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another name")

@@ -142,6 +142,23 @@ print({{"torch", "numpy", "scipy", "matplotlib", "transformers"}} & set(sys.modu
         assert line.startswith(f"error: {message}"), words
 
 
+@pytest.mark.parametrize("option", ["--dataset", "--pretrain-dataset"])
+def test_an_unknown_dataset_is_told_before_a_job_is_imported(option: str) -> None:
+    code = f"""
+import sys
+from benchmarks.__main__ import main
+sys.argv = ["iwsft", "d4rl", "{option}", "door-human+hoper-replay"]
+try:
+    main()
+except SystemExit as end:
+    print(end.code)
+print({{"torchrl", "matplotlib", "scipy", "gymnasium"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("error: unknown dataset 'hoper-replay'; did you mean 'hopper-")
+    assert done.stdout.endswith("set()\n"), done.stderr
+
+
 def test_a_folder_that_is_taken_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     """The base of a job is taken as it is, and ``--resume`` continues what is there."""
     (tmp_path / "rows.jsonl").touch()
