@@ -58,8 +58,12 @@ def make(
 
     Raises:
         ValueError: The id is not registered, or the environment does not take the arguments.
+        TypeError: It is no id, such as an environment itself.
         ImportError: A package does not have the environment.
     """
+    if not isinstance(env_id, str | EnvSpec):
+        way_out = "pass its id (env.spec.id), from which each parallel environment is made"
+        raise TypeError(f"a {type(env_id).__name__} is not an id of an environment; {way_out}")
     if conventions not in (None, "d4rl"):
         raise ValueError(f"conventions={conventions!r} is unknown; there is 'd4rl', or None")
     if conventions is not None:

@@ -254,6 +254,8 @@ def _log_prob(
 def _write(trajectories: TensorDictBase, key: NestedKey, value: Tensor) -> None:
     stored = trajectories.get(key, default=None)
     if stored is None:
+        if trajectories.is_locked:
+            raise ValueError("the trajectories are locked: call trajectories.unlock_()")
         trajectories.set(key, value)
         return
     check_digits(stored, repr(key))

@@ -310,6 +310,15 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"unknown environment 'Hoper-v4'.*Hopper-v4"):
             evaluate(hopper_policy(), "Hoper-v4")
 
+    def test_an_environment_is_no_id(self) -> None:
+        for wrong in (gym.make("Hopper-v4"), lambda: gym.make("Hopper-v4"), None):
+            with pytest.raises(TypeError, match=r"is not an id of an environment; pass its id"):
+                evaluate(hopper_policy(), wrong)  # type: ignore[arg-type]
+        spec = gym.spec("Hopper-v4")
+        assert evaluate(hopper_policy(), spec, episodes=1, seed=3).returns == (  # type: ignore[arg-type]
+            evaluate(hopper_policy(), "Hopper-v4", episodes=1, seed=3).returns
+        )
+
     def test_retired_environment(self) -> None:
         with pytest.raises(ValueError, match=r"deprecated.*Hopper-v4"):
             evaluate(hopper_policy(), "Hopper-v1")

@@ -133,6 +133,9 @@ def check_columns(
         shape = batch[key].shape
         if shape[-1:] != (size,):
             raise ValueError(f"{key!r} has shape {list(shape)}, but the policy has size {size}")
+        if batch[key].dtype == torch.bool:
+            way_out = f"trajectories[{key!r}] = trajectories[{key!r}].to({own})"
+            raise ValueError(f"{key!r} is torch.bool, and the policy reads numbers: {way_out}")
     key = next(iter(columns))
     read = batch[key].dtype
     if read != own and not torch.is_autocast_enabled(batch[key].device.type):
@@ -168,6 +171,9 @@ def _check_broadcast(dist: Any, action: Any, shape: torch.Size) -> None:
     if isinstance(dist, OneHotCategorical | MaskedOneHotCategorical):
         # Its own event shape is that of indices.
         event += (dist.num_samples,)
+    if action.dtype == torch.bool and (event or not isinstance(dist, Categorical)):
+        problem = f"actions are torch.bool, and {type(dist).__name__} needs numbers"
+        raise ValueError(f"{problem}: make them floats, as action.float() does")
     if action.shape != shape + event:
         found, needed = list(action.shape), list(shape + event)
         one_each = ", one index or number for each step" if len(event) == 0 else ""

@@ -81,6 +81,9 @@ def test_an_entry_that_would_round_the_weights_is_refused(
             write(data, make_loss("cached"))
     with pytest.raises(ValueError, match=f"'importance_weight' holds {dtype}.*exclude it"):
         make_loss("cached")(data)
+    for write in (reweight, lambda x, loss: HardSync(loss, every=1, trajectories=x)):
+        with pytest.raises(ValueError, match="trajectories are locked: call trajectories.unlock_"):
+            write(exact.copy().lock_(), make_loss("cached"))
     data["importance_weight"] = data["importance_weight"].float()
     for each in (data, exact):
         reweight(each, make_loss("cached"))

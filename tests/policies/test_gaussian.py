@@ -208,6 +208,9 @@ def test_actions_of_another_size_are_refused(policy: GaussianPolicy | MixturePol
     other = TensorDict({"observation": torch.zeros(4, 3), "action": torch.zeros(4, 1)}, [4])
     with pytest.raises(ValueError, match=r"'observation' has shape \[4, 3\], .* size 2"):
         policy.log_prob(other)
+    switch = batch.copy().set("action", torch.zeros(4, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"'action' is torch.bool, .*\.to\(torch.float32\)"):
+        policy.log_prob(switch)
 
 
 @pytest.mark.parametrize("make", [GaussianPolicy, MixturePolicy])

@@ -150,6 +150,27 @@ def test_actions_that_a_density_would_broadcast_are_refused(
         step_log_prob(_actor(kind, size), batch, torch.Size(layout))
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (OneHotCategorical, (6, 6)),
+        (IndependentNormal, (6, 6)),
+        (distributions.Bernoulli, (6, 6)),
+    ],
+)
+def test_actions_of_truth_values_are_numbers_or_an_index(kind: type, shape: Any) -> None:
+    """Torch can't subtract them. An index may be one, for it is not computed with."""
+    actor, given = _actor(kind, 6), torch.eye(6).bool()
+    layout = torch.Size([6])
+    with pytest.raises(ValueError, match=rf"torch.bool, and {kind.__name__} needs .*\.float\(\)"):
+        step_log_prob(actor, _batch(given, (6,)), layout)
+    plain = _actor(distributions.Categorical, 2)
+    batch = _batch(torch.arange(6) % 2 == 1, (6,))
+    found = step_log_prob(plain, batch, layout)
+    batch["action"] = batch["action"].long()
+    assert torch.equal(found, step_log_prob(plain, batch, layout))
+
+
 @pytest.mark.parametrize("layout", [(6,), (3, 3)])
 @pytest.mark.parametrize("kind", [OneHotCategorical, MaskedOneHotCategorical])
 def test_one_hot_actions_have_the_log_prob_of_their_index(
