@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 from trl import SFTConfig
 
 from iwsft.language.trl import ImportanceWeightedSFTTrainer
+from tests import tiny_qwen2
 from tests.datasets.text.chat_tokenizers import byte_level
 
 ROWS = [
@@ -37,21 +37,9 @@ OURS = ("proposal", "sync_every", "ema_decay", "importance_weights", "length_nor
 
 def decoder() -> Qwen2ForCausalLM:
     """Random weights, with the vocabulary of a byte-level tokenizer."""
-    torch.manual_seed(0)
     tokenizer = byte_level()
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return Qwen2ForCausalLM(config)
+    size = len(tokenizer)
+    return tiny_qwen2.decoder(tokenizer, vocab_size=size, max_position_embeddings=64)
 
 
 def in_trl(folder: Path, model: Any, rows: Any = ROWS, **own: Any) -> ImportanceWeightedSFTTrainer:
