@@ -328,8 +328,9 @@ def _chained(
     clips, choice = [], None
     for transform in transforms:
         name = getattr(transform, "reads", None)
-        # A copy: one that works in place would change what it is compared with, and others read.
-        before, x = x, transform(x.clone(), *share, *(() if name is None else (read[name],)))
+        given = (x, *share, *(() if name is None else (read[name],)))
+        # Copies: one that works in place would change what it is compared with, and the batch.
+        before, x = x, transform(*(each.clone() for each in given))
         if isinstance(x, tuple):
             x, choice = x
         if not isinstance(x, Tensor) or x.shape != before.shape:

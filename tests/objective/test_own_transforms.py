@@ -82,6 +82,33 @@ def test_what_is_no_function_is_no_transform() -> None:
             ImportanceWeights(step=[given])  # type: ignore[list-item]
 
 
+class _Greedy:
+    """Uses the memory of all that it reads."""
+
+    reads = "doubt"
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
+        for each in others:
+            each.mul_(torch.linspace(0, 1, len(each), dtype=each.dtype))
+        return x * others[-1]
+
+
+@pytest.mark.parametrize("place", ["step", "trajectory"])
+@pytest.mark.parametrize("reduce", ["mean", None])
+def test_what_a_transform_reads_stays_as_it_is(
+    ready: Any, assert_same: Any, place: str, reduce: Any
+) -> None:
+    chain: Any = ImportanceWeights(**{place: [_Greedy(place)]}, reduce=reduce)
+    loss, batch = ready("current", importance_weights=chain)
+    batch["doubt"] = torch.rand(len(batch), generator=torch.Generator().manual_seed(0))
+    before, share = batch.clone(), loss.share(batch, loss.segments(batch))
+    assert torch.equal(loss.terms(batch).share, share)
+    assert_same(batch, before)
+
+
 class _Clip:
     """A clip that works in place, or does not."""
 
