@@ -15,7 +15,8 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from iwsft.policies.log_prob import check_memory, takes_statistics
+from iwsft.distributed import rank_and_world
+from iwsft.policies.log_prob import check_apart, check_memory, takes_statistics
 from iwsft.trajectory import (
     ACTION,
     ASSISTANT_MASK,
@@ -110,12 +111,15 @@ class PolicyLoss(LossModule):
     written: tuple[NestedKey, Tensor] | None
     # Whether it came with a q, loaded or copied, which a new updater would replace.
     loaded: bool
+    # Whether trajectories of a batch were compared, so that the policy reads each alone.
+    apart: bool
 
     def __init__(self, policy: nn.Module, *, lagged: bool, functional: bool) -> None:
         self._functional = functional
         super().__init__()
         self.written = None
         self.loaded = False
+        self.apart = False
         self._has_buffers = next(policy.buffers(), None) is not None
         if functional:
             self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
@@ -218,6 +222,10 @@ class PolicyLoss(LossModule):
             warnings.warn(f"{problem}: {way_out}", UserWarning, stacklevel=2)
         if len(segments.shape) == 1 and not segments.single_steps and TRAJ_IDS in batch.keys(True):
             check_links(batch)
+        # Sharded policies must run equally often on all processes.
+        if not self.apart and rank_and_world()[1] == 1:
+            with self.network() as policy:
+                self.apart = check_apart(policy, batch, segments)
         if self.written is None:
             return
         key, written = self.written

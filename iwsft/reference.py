@@ -20,6 +20,7 @@ from iwsft.fingerprint import fingerprint, text_of
 from iwsft.forward_pass import ForwardPass
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import decoder_of
+from iwsft.policies.log_prob import check_apart
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
@@ -103,6 +104,7 @@ def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) ->
         odd = next(rank for rank, other in enumerate(digests) if other != digests[0])
         way_out = "read and tokenise the same data on all of them, in the same order"
         raise ValueError(f"process {odd} holds other trajectories than process 0; {way_out}")
+    check_apart(policy, trajectories, forward.segments, forward.device)
     adapted = isinstance(policy, CausalLMPolicy) and bool(adapter_parts(policy))
     with policy.reference() if adapted else nullcontext():
         first = forward.run(0, 1)

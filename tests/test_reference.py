@@ -85,8 +85,8 @@ def test_padded_is_zero_off_the_mask() -> None:
     data[TRAJ_IDS] = torch.arange(300).sqrt().long()
     padded, counting = pad(data), Counting()
     annotate_reference(counting, data.copy(), rows=30)
-    # Chunks are neighbours in the data, which have lengths of 1 to 35.
-    assert counting._trajectories == [*range(18)]
+    # Two are compared; then chunks are neighbours in the data, which have lengths of 1 to 35.
+    assert counting._trajectories == [0, 1, 1, *range(18)]
     annotate_reference(gaussian(), padded)
     annotate_reference(gaussian(), data)
     assert bool((padded["ref_log_prob"][~padded.get(MASK)] == 0).all())
@@ -98,10 +98,11 @@ def test_cache_returns_the_same_bits_without_a_sweep(tmp_path: Path, layout: str
     data = dataset() if layout == "packed" else pad(dataset())
     policy = Counting()
     first = annotate_reference(policy, data.copy(), cache=tmp_path / "made" / "here")
-    assert policy._steps == 300
+    # Two trajectories of 30 are compared, the second of them alone, too.
+    assert policy._steps == 90 + 300
     second = annotate_reference(policy, data.copy(), cache=str(tmp_path / "made" / "here"))
     # The first chunk runs again, as its log-probs are part of the key.
-    assert policy._steps == 600
+    assert policy._steps == 2 * (90 + 300)
     assert second["ref_log_prob"].shape == data.batch_size
     assert torch.equal(first["ref_log_prob"], second["ref_log_prob"])
     assert len(files(tmp_path / "made" / "here")) == 1

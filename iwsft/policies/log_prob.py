@@ -81,8 +81,11 @@ def takes_statistics(policy: nn.Module) -> bool:
 
 def _writes(policy: nn.Module) -> list[tuple[int, int]]:
     """Where each buffer is, and how often it was written to."""
-    buffers = [buffer for buffer in policy.buffers() if not buffer.is_inference()]
-    return [(buffer.data_ptr(), buffer._version) for buffer in buffers]
+    return [(buffer.data_ptr(), buffer._version) for buffer in _buffers(policy)]
+
+
+def _buffers(policy: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in policy.buffers() if not buffer.is_inference()]
 
 
 @set_recurrent_mode(True)
@@ -246,6 +249,57 @@ def check_memory(policy: Any, batch: TensorDictBase, segments: Segments) -> None
         problem = f"a trajectory begins at {where} and has no 'is_init' there"
         leak = "the memory of the policy would go on from the trajectory before"
         raise ValueError(f"{problem}: {leak}; set 'is_init' there, or give each a row [B, T]")
+
+
+@torch.no_grad()
+def check_apart(
+    policy: Any, batch: TensorDictBase, segments: Segments, device: torch.device | str | None = None
+) -> bool:
+    """Refuse a policy that looks across trajectories; whether there were two to compare.
+
+    The second trajectory of a packed batch, or row of a padded one, must have the log-probs that it
+    has alone also behind the first, in eval mode. A policy with noise of its own passes. Random
+    state and buffers stay as they are.
+    """
+    rows = len(segments.shape) == 2
+    index = torch.arange(segments.shape[0]) if rows else segments.index
+    start, stop = torch.searchsorted(index, index.new_tensor([1, 2])).tolist()
+    # Language models keep trajectories apart themselves, at the cost of long passes.
+    if start == len(index) or not isinstance(policy, nn.Module) or hasattr(policy, "predicted"):
+        return start < len(index)
+    device = torch.device(device or segments.index.device)
+    both, alone = batch[:stop].to(device), batch[start:stop].to(device)
+    width = segments.shape[1:]
+    kept = [(buffer, buffer.clone()) for buffer in _buffers(policy)]
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]), evaluating(policy):
+        differs = noise_watch(policy, device)
+        try:
+            behind = step_log_prob(policy, both, torch.Size((stop, *width)))[start:]
+            alone = step_log_prob(policy, alone, torch.Size((stop - start, *width)))
+        except Exception:
+            # It reads whole batches alone; what is wrong with one is said where it is read.
+            return True
+        finally:
+            noisy = differs()
+            for buffer, value in kept if noisy else ():
+                buffer.copy_(value)
+    # A third of the digits: kernels differ, and a small std enlarges what they round.
+    dtypes = {alone.dtype, *(p.dtype for p in policy.parameters() if p.is_floating_point())}
+    if torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest":
+        dtypes.add(torch.bfloat16)
+    tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
+    near = torch.isclose(behind, alone, tolerance, tolerance, equal_nan=True)
+    wrong = ~near & segments.valid[start:stop].to(device)
+    if bool(wrong.any()) and not noisy:
+        a, b = float(alone[wrong][0]), float(behind[wrong][0])
+        name, one = type(policy).__name__, "row" if rows else "trajectory"
+        problem = f"{name}.log_prob gives a step {a:.4g} in a {one} alone, {b:.4g} behind another"
+        way_out = "a row is a trajectory: look for layers that read time first (batch_first=False)"
+        if not rows:
+            lie = "packed trajectories lie back to back: reset memory and attention at each start"
+            way_out = f"{lie}, look for [N, 1] beside [N], or give padded rows [B, T]"
+        raise ValueError(f"{problem}; {way_out}")
+    return True
 
 
 def finite_padding(
