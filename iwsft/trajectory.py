@@ -255,8 +255,9 @@ def check_order(ids: Tensor, key: NestedKey) -> None:
         where = int(falls.nonzero()[0]) + 1
         problem = f"{key!r} is out of order at step {where}"
         slices = "slices (SliceSampler, pad_output=True) to [B, T]"
-        way_out = f"sort by trajectory and time, or reshape padded {slices}"
-        raise ValueError(f"{problem}; {way_out}")
+        way_out = f"sort whole trajectories by id and time, or reshape padded {slices}"
+        steps = "draw single steps by iwsft.samplers.StepSampler, or give each an id of its own"
+        raise ValueError(f"{problem}; {way_out}; {steps}; join datasets by iwsft.curation.join")
 
 
 def fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:

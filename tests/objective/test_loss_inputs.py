@@ -288,8 +288,10 @@ def test_wrong_input_is_named(ready: Any) -> None:
         loss(batch.exclude("ref_log_prob"))
     with pytest.raises(KeyError, match="traj_ids"):
         loss(batch.exclude(TRAJ_IDS))
-    with pytest.raises(ValueError, match="out of order at step 1"):
+    with pytest.raises(ValueError, match="out of order at step 1.* single steps by .*StepSampler"):
         loss(batch.clone().set(TRAJ_IDS, torch.arange(18, 0, -1)))
+    with pytest.raises(ValueError, match="out of order at step 18.* iwsft.curation.join"):
+        loss(torch.cat([batch, batch]))
     with pytest.raises(ValueError, match="'ref_log_prob' has shape"):
         loss(batch.clone().set("ref_log_prob", torch.zeros(18, 3)))
     cached, batch = ready("cached")
