@@ -36,6 +36,9 @@ from iwsft.validation import check_digits, check_links
 
 # A prioritized replay buffer of TorchRL writes it, and TorchRL's losses multiply by it.
 PRIORITY_WEIGHT = "priority_weight"
+# Usual names of masks of the steps, and of those that mark the padding, mostly.
+_MASKS = ("masks", "mask", "attention_mask", "valid")
+_PADDING = ("pad_mask", "padding_mask", "action_is_pad")
 
 
 @contextmanager
@@ -195,8 +198,9 @@ class PolicyLoss(LossModule):
         if self.loss_mask_key != "auto":
             return
         masks: list[NestedKey] = []
-        for name in ("masks", "mask"):
-            entry = batch.get(name, default=None)
+        present = set(batch.keys())
+        for name in filter(present.__contains__, (*_MASKS, *_PADDING)):
+            entry = batch.get(name)
             inside = is_tensor_collection(entry)
             entries = {(name, key): x for key, x in entry.items()} if inside else {name: entry}
             for key, x in entries.items():
@@ -205,6 +209,8 @@ class PolicyLoss(LossModule):
         if masks and (not found or ASSISTANT_MASK in masks):
             key = ASSISTANT_MASK if ASSISTANT_MASK in masks else masks[0]
             way_out = f"set loss.loss_mask_key = {key!r}, or None to count every step"
+            if key in _PADDING:
+                way_out = f"set {MASK!r} to the steps that count: ~{key}, if it marks padding"
             raise ValueError(f"the batch has masks that this loss does not read: {way_out}")
 
     def _check_batch(self, batch: TensorDictBase, segments: Segments, share: Tensor) -> None:

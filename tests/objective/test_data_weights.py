@@ -151,3 +151,19 @@ def test_bad_weights_are_named(ready: Any, bad: float) -> None:
     batch.set(DATA_WEIGHT, torch.ones(len(batch), 2))
     with pytest.raises(ValueError, match=r"'data_weight' has shape \[18, 2\]"):
         loss(batch)
+
+
+def test_weights_of_priorities_are_read_or_refused(make_loss: Any, make_batch: Any) -> None:
+    """Steps that a buffer draws more often would count more; TorchRL's losses undo that."""
+    loss, batch = make_loss("reference"), make_batch()
+    expected = loss(batch)["loss_iw_mle"]
+    batch["priority_weight"] = torch.ones(len(batch))
+    assert loss(batch)["loss_iw_mle"] == expected
+    batch["priority_weight"][3:] = 0.5
+    with pytest.raises(ValueError, match="does not read the 'priority_weight' .*data_weight="):
+        loss(batch)
+    assert loss(batch.exclude("priority_weight"))["loss_iw_mle"] == expected
+    loss.set_keys(data_weight="priority_weight")
+    found, terms = loss(batch)["loss_iw_mle"], loss.terms(batch)
+    weighted = terms.share * terms.log_prob * batch["priority_weight"]
+    torch.testing.assert_close(found, (-weighted.sum() / terms.share.sum()).float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -63,31 +64,21 @@ def test_a_mask_of_the_steps_that_is_not_read_is_refused(ready: Any, assert_near
     with pytest.raises(TypeError, match="mask is a TensorDict, and must be a tensor"):
         loss(pad_sequence(parts, return_mask=MASK))
     mask = padded["masks", "observation"]
-    for dtype in (torch.bool, torch.float32):
-        with pytest.raises(ValueError, match="loss_mask_key = 'mask'"):
-            loss(padded.exclude("masks").set("mask", mask.to(dtype)))
+    plain = padded.exclude("masks")
+    for dtype, name in itertools.product(
+        (torch.bool, torch.float32), ("mask", "attention_mask", "valid")
+    ):
+        with pytest.raises(ValueError, match=f"loss_mask_key = '{name}'"):
+            loss(plain.copy().set(name, mask.to(dtype)))
+    for name in ("pad_mask", "padding_mask", "action_is_pad"):
+        with pytest.raises(ValueError, match=f"'mask'.* to the steps that count: ~{name}"):
+            loss(plain.copy().set(name, ~mask))
     loss.loss_mask_key = ("masks", "observation")
     assert_near(loss(padded), loss(packed))
     loss.loss_mask_key = "auto"
     assert_near(loss(padded.set(MASK, mask)), loss(packed))
     # A mask of possible actions is none of steps.
     assert_near(loss(packed.copy().set("mask", torch.ones(18, 2, dtype=torch.bool))), loss(packed))
-
-
-def test_weights_of_priorities_are_read_or_refused(make_loss: Any, make_batch: Any) -> None:
-    """Steps that a buffer draws more often would count more; TorchRL's losses undo that."""
-    loss, batch = make_loss("reference"), make_batch()
-    expected = loss(batch)["loss_iw_mle"]
-    batch["priority_weight"] = torch.ones(len(batch))
-    assert loss(batch)["loss_iw_mle"] == expected
-    batch["priority_weight"][3:] = 0.5
-    with pytest.raises(ValueError, match="does not read the 'priority_weight' .*data_weight="):
-        loss(batch)
-    assert loss(batch.exclude("priority_weight"))["loss_iw_mle"] == expected
-    loss.set_keys(data_weight="priority_weight")
-    found, terms = loss(batch)["loss_iw_mle"], loss.terms(batch)
-    weighted = terms.share * terms.log_prob * batch["priority_weight"]
-    torch.testing.assert_close(found, (-weighted.sum() / terms.share.sum()).float())
 
 
 def test_nan_in_the_padding_of_nested_entries_does_not_leak() -> None:
