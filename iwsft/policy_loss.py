@@ -36,6 +36,8 @@ from iwsft.validation import check_digits, check_links
 
 # A prioritized replay buffer of TorchRL writes it, and TorchRL's losses multiply by it.
 PRIORITY_WEIGHT = "priority_weight"
+# Names that data weights may have in place of their key.
+_WEIGHTS = ("data_weights", "weight", "weights")
 # Usual names of masks of the steps, and of those that mark the padding, mostly.
 _MASKS = ("masks", "mask", "attention_mask", "valid")
 _PADDING = ("pad_mask", "padding_mask", "action_is_pad")
@@ -184,21 +186,26 @@ class PolicyLoss(LossModule):
         """Refuse a mask of the steps that the default keys leave unread: padding would count.
 
         ``found`` says whether the default keys name a mask; beside it only the assistant's is
-        needed. Priority weights that differ are refused, too: the weights that undo the priorities
-        of a replay buffer. So are trajectories into which a memory leaks.
+        needed. Weights that differ and are not read are refused, too, as those are that undo the
+        priorities of a replay buffer. So are trajectories into which a memory leaks.
         """
         check_memory(self.actor_network, batch, segments)
-        priority = batch.get(PRIORITY_WEIGHT, default=None)
-        read = self.tensor_keys.data_weight == PRIORITY_WEIGHT
-        if priority is not None and not read and on_host(priority) and len(priority.unique()) > 1:
-            problem = f"this loss does not read the {PRIORITY_WEIGHT!r} of the replay buffer"
-            way_out = f"loss.set_keys(data_weight={PRIORITY_WEIGHT!r}) multiplies by it"
-            other = f"batch.exclude({PRIORITY_WEIGHT!r}) does without"
-            raise ValueError(f"{problem}: {way_out}, {other}")
+        present, read = set(batch.keys()), self.tensor_keys.data_weight
+        # Where the key that is read is there, other names are where it came from.
+        names = (PRIORITY_WEIGHT,) if read in present else (PRIORITY_WEIGHT, *_WEIGHTS)
+        for name in filter(present.__contains__, names):
+            weight = batch.get(name)
+            one_each = isinstance(weight, Tensor) and weight.numel() == segments.shape.numel()
+            if name == read or not one_each or not on_host(weight):
+                continue
+            if len(weight.reshape(segments.shape)[segments.valid].unique()) > 1:
+                problem = f"this loss does not read the {name!r} of the batch"
+                way_out = f"loss.set_keys(data_weight={name!r}) multiplies by it"
+                other = f"batch.exclude({name!r}) does without"
+                raise ValueError(f"{problem}: {way_out}, {other}")
         if self.loss_mask_key != "auto":
             return
         masks: list[NestedKey] = []
-        present = set(batch.keys())
         for name in filter(present.__contains__, (*_MASKS, *_PADDING)):
             entry = batch.get(name)
             inside = is_tensor_collection(entry)

@@ -153,17 +153,26 @@ def test_bad_weights_are_named(ready: Any, bad: float) -> None:
         loss(batch)
 
 
-def test_weights_of_priorities_are_read_or_refused(make_loss: Any, make_batch: Any) -> None:
-    """Steps that a buffer draws more often would count more; TorchRL's losses undo that."""
+@pytest.mark.parametrize("name", ["priority_weight", "data_weights", "weight", "weights"])
+def test_weights_of_another_name_are_read_or_refused(
+    make_loss: Any, make_batch: Any, name: str
+) -> None:
+    """Such as those that undo a buffer's priorities, as TorchRL's losses do."""
     loss, batch = make_loss("reference"), make_batch()
     expected = loss(batch)["loss_iw_mle"]
-    batch["priority_weight"] = torch.ones(len(batch))
+    batch[name] = torch.ones(len(batch))
     assert loss(batch)["loss_iw_mle"] == expected
-    batch["priority_weight"][3:] = 0.5
-    with pytest.raises(ValueError, match="does not read the 'priority_weight' .*data_weight="):
+    batch[name][3:] = 0.5
+    with pytest.raises(ValueError, match=f"does not read the '{name}' .*data_weight="):
         loss(batch)
-    assert loss(batch.exclude("priority_weight"))["loss_iw_mle"] == expected
-    loss.set_keys(data_weight="priority_weight")
+    assert loss(batch.exclude(name))["loss_iw_mle"] == expected
+    loss.set_keys(data_weight=name)
     found, terms = loss(batch)["loss_iw_mle"], loss.terms(batch)
-    weighted = terms.share * terms.log_prob * batch["priority_weight"]
-    torch.testing.assert_close(found, (-weighted.sum() / terms.share.sum()).float())
+    total = (terms.share * terms.log_prob * batch[name]).sum()
+    torch.testing.assert_close(found, (-total / terms.share.sum()).float())
+    # Beside their own key they are where it came from; padding is 0.
+    loss.set_keys(data_weight=DATA_WEIGHT)
+    if name != "priority_weight":
+        assert loss(weighted(batch, torch.ones(len(batch))))["loss_iw_mle"] == expected
+    batch[name][:] = 1.0
+    torch.testing.assert_close(loss(pad(batch))["loss_iw_mle"], expected)
