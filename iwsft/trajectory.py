@@ -166,7 +166,9 @@ def layout(
     if len(size) == 1 and mask is not None and mask.ndim >= 2 and mask.shape[1] != 1:
         return mask.shape[:2]
     if len(size) == 1 and batch.get(traj_ids, default=None) is None:
-        raise KeyError(f"{traj_ids!r} is missing; only padded trajectories ([B, T]) do without")
+        way_out = f"trajectories[{traj_ids!r}] = ids, for each step the number of its trajectory"
+        problem = f"{traj_ids!r} is missing; only padded trajectories ([B, T]) do without"
+        raise KeyError(f"{problem}: {way_out}, non-decreasing")
     return size
 
 

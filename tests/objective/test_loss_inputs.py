@@ -277,7 +277,7 @@ def test_wrong_input_is_named(ready: Any) -> None:
     loss, batch = ready("lagged")
     with pytest.raises(KeyError, match="annotate_reference"):
         loss(batch.exclude("ref_log_prob"))
-    with pytest.raises(KeyError, match="traj_ids"):
+    with pytest.raises(KeyError, match="traj_ids.*is missing.* ids, for each step the number of"):
         loss(batch.exclude(TRAJ_IDS))
     with pytest.raises(ValueError, match="out of order at step 1.* single steps by .*StepSampler"):
         loss(batch.clone().set(TRAJ_IDS, torch.arange(18, 0, -1)))
