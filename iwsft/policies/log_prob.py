@@ -28,7 +28,7 @@ from torchrl.modules import (
 )
 from torchrl.modules.distributions import LLMMaskedCategorical
 
-from iwsft.trajectory import Segments, on_host
+from iwsft.trajectory import OBSERVATION, Segments, on_host
 
 # Rounding of actions at the bounds -1 and 1.
 ROUNDING = 1e-5
@@ -96,7 +96,19 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     The numbers are float32 or wider. It is -inf for actions that a distribution of torch or TorchRL
     can't give, and for which its own ``log_prob`` is that of another action.
     """
-    batch = batch.copy()
+    try:
+        return _step_log_prob(policy, batch.copy(), shape)
+    except RuntimeError as error:
+        # Not before: a policy may convert what it reads.
+        if "type" in str(error) and isinstance(policy, nn.Module):
+            own = next((p.dtype for p in policy.parameters()), torch.float32)
+            for key in getattr(policy, "in_keys", [OBSERVATION]):
+                if key in batch.keys(True):
+                    _check_dtype(batch, key, own)
+        raise
+
+
+def _step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tensor:
     if getattr(type(policy), "log_prob", None) is not ProbabilisticTensorDictSequential.log_prob:
         return _checked(policy.log_prob(batch), policy, shape)
     _check_draws(policy)
@@ -139,11 +151,15 @@ def check_columns(
         if batch[key].dtype == torch.bool:
             way_out = f"trajectories[{key!r}] = trajectories[{key!r}].to({own})"
             raise ValueError(f"{key!r} is torch.bool, and the policy reads numbers: {way_out}")
-    key = next(iter(columns))
+    _check_dtype(batch, next(iter(columns)), own)
+
+
+def _check_dtype(batch: TensorDictBase, key: NestedKey, own: torch.dtype) -> None:
     read = batch[key].dtype
     if read != own and not torch.is_autocast_enabled(batch[key].device.type):
-        way_out = f"trajectories[{key!r}] = trajectories[{key!r}].to({own}), or policy.to({read})"
-        raise ValueError(f"{key!r} is {read}, and the policy is {own}: {way_out}")
+        way_out = f"trajectories[{key!r}] = trajectories[{key!r}].to({own})"
+        other = f", or policy.to({read})" if read.is_floating_point else ""
+        raise ValueError(f"{key!r} is {read}, and the policy is {own}: {way_out}{other}")
 
 
 def _check_draws(policy: ProbabilisticTensorDictSequential) -> None:

@@ -106,6 +106,17 @@ def test_only_what_a_gradient_would_meet_on_masked_steps_is_replaced(
         torch.testing.assert_close(batch[key], before[key], **same)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_observations_of_another_dtype_are_named(dtype: torch.dtype) -> None:
+    policy, data = _actor(IndependentNormal, 2), TensorDict({"action": torch.zeros(3, 2)}, [3])
+    data["observation"] = torch.ones(3, 4, dtype=dtype)
+    with pytest.raises(ValueError, match=f"'observation' is {dtype}, and the policy is .*float32"):
+        step_log_prob(policy, data, data.batch_size)
+    # Nothing is wrong where a policy converts what it reads.
+    policy.module[0].module[0].register_forward_pre_hook(lambda _, seen: seen[0].float())
+    assert step_log_prob(policy, data, data.batch_size).shape == (3,)
+
+
 def _actor(kind: type, size: int) -> ProbabilisticActor:
     """A TorchRL actor whose parameters are those of one linear layer."""
     network: nn.Module = nn.Linear(4, size)
