@@ -58,7 +58,8 @@ def objection(name: str, value: Any) -> str | None:
     off = lower in _ROW_SWITCHES and value in (True, False) and value != _ROW_SWITCHES[lower]
     off |= lower == "loss_scale" and value not in (None, 1, [])
     off |= name not in _ROW_SWITCHES and counts_less(name, value)
-    return "weight or correct" if off else None
+    way_out = "weight" if "weight" in lower or lower == "loss_scale" else "weight or correct"
+    return way_out if off else None
 
 
 def _says_wrong(name: str, value: Any) -> bool:

@@ -158,6 +158,8 @@ def _pair(record: Record) -> dict[str, Any]:
         if column not in record:
             columns = ", ".join(map(str, record)) or "none"
             way_out = f"rename one of the columns ({columns})"
+            if "input_ids" in record:
+                way_out = "rows are text, which iwsft tokenises: give the text of 'input_ids'"
             if lists := [name for name, value in record.items() if lists_records(value)]:
                 way_out = f"save the list {lists[0]!r} as the whole file"
             raise ValueError(f"column {column!r} is missing, and so is 'messages'; {way_out}")

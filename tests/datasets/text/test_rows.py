@@ -72,6 +72,7 @@ def test_keys_that_arrow_fills_with_none_are_absent_from_messages(tmp_path):
     [
         ({"question": "a", "answer": "b"}, "column 'prompt' is missing.*question, answer.$"),
         ({"prompt": "a"}, "column 'completion' is missing"),
+        ({"input_ids": [1], "labels": [1]}, "'prompt' is missing.*rows are text.*of 'input_ids'"),
         ({"conversations": []}, "column 'prompt' is missing.*conversations"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "rename .*columns .conversations.$"),
         ({"version": 1, "data": [PAIR]}, "missing.*save the list 'data' as the whole file$"),
@@ -243,7 +244,7 @@ def test_columns_that_are_read_are_not_named(recwarn):
         ({"repeats": "3"}, "column 'repeats' is not read; write it as count"),
         ({"data_weight": 0.5}, "column 'data_weight' is not read; write it as weight"),
         ({"multiplicity": 2}, "column 'multiplicity' is not read; write it as count"),
-        ({"loss_weight": 0.3}, "column 'loss_weight' is not read; write it as weight"),
+        ({"loss_weight": 0.3}, "column 'loss_weight' is not read; write it as weight, or"),
         ({"loss_scale": 0.3}, "column 'loss_scale' is not read; write it as weight"),
         ({"loss_scale": [0.3]}, "column 'loss_scale' is not read"),
         ({"turn_weights": [0, 1]}, "column 'turn_weights' is not read"),
