@@ -99,7 +99,8 @@ class ImportanceWeightedMLE(PolicyLoss):
 
     Raises:
         KeyError: The batch lacks an entry that the loss needs; the message says how to add it.
-        ValueError: Shapes or masks do not fit, or :meth:`check_data_weights` refuses a weight.
+        ValueError: Shapes or masks do not fit, :meth:`check_data_weights` refuses a weight, or the
+            policy looks across trajectories (the first call compares two).
         OverflowError: A weight is beyond float32. On an accelerator, where looking would cost a
             wait, these two are device-side assertions.
         FloatingPointError: A weight is NaN; or the policy excludes a step that counts (log p is

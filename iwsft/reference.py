@@ -69,8 +69,8 @@ def annotate_reference(
             similar length. A longer trajectory is not cut.
 
     Raises:
-        ValueError: Log-probs are not finite or not one per step; the trajectories are locked, or
-            not the same on all processes.
+        ValueError: Log-probs are not finite or not one per step, or depend on other trajectories;
+            the trajectories are locked, or not the same on all processes.
         CheckpointError: A stored file is damaged.
     """
     check_links(trajectories)
