@@ -258,12 +258,13 @@ def step_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
 
 def source_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
     """What ``scripts.weights_by_source`` measured, one row for each policy that made the data."""
-    columns = ["dataset", "policy", "noise", "trajectories", "return", "of the draws"]
-    grid = Grid([*columns, "of the weight"], left=2)
+    columns = ["dataset", "weights", "policy", "noise", "trajectories", "return", "of the draws"]
+    grid = Grid([*columns, "of the weight"], left=3)
     for record in records:
         for each in record["sources"]:
             numbers = f"{each['trajectories']}", f"{each['return']:,.0f}", f"{each['draws']:.2f}"
-            row = [record["dataset"], each["policy"], f"{each['noise']:g}", *numbers]
+            form = FORMS[record["algo"]].removeprefix("iw-SFT(Q), ")
+            row = [record["dataset"], form, each["policy"], f"{each['noise']:g}", *numbers]
             grid.rows.append([*row, mean_text(each["weights"], 2)])
     return grid
 
@@ -279,17 +280,39 @@ def error_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
     equal = {record["dataset"]: record for record in records if record["algo"] == EQUAL[0]}
     for record in records:
         other = equal[record["dataset"]]
-        both = [seed for seed in record["seeds"] if seed in other["seeds"]]
         row = [record["dataset"], FORMS[record["algo"]], str(len(record["seeds"]))]
         for name, shown in digits.items():
-            ours, others = (
-                np.array([[each[name][each["seeds"].index(seed)]] for seed in both])
-                for each in (record, other)
-            )
-            gap = signed(difference(ours, others, paired=True), shown)
+            gap = _gap(record, name, other, name, shown)
             row += [mean_text(record[name], shown), NOTHING if record is other else gap]
         grid.rows.append(row)
     return grid
+
+
+def factor_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
+    """Scores of policies whose actions ``scripts.imitation_error`` multiplied by a factor."""
+    columns = ["dataset", "actions of", "factor", "seeds", "score", "less a factor of 1"]
+    grid = Grid([*columns, "less k of Table 4"], left=2)
+    weighted = {record["dataset"]: record for record in records if record["algo"] == "iw-sft-q"}
+    for record in records:
+        for factor, scores in record["scaled"].items():
+            moved = {**record, "moved": scores}
+            others = (record, weighted[record["dataset"]])
+            gaps = (_gap(moved, "moved", other, "score", 1) for other in others)
+            row = [record["dataset"], FORMS[record["algo"]], factor, str(len(scores))]
+            grid.rows.append([*row, mean_text(scores, 1), *gaps])
+    return grid
+
+
+def _gap(
+    ours: Mapping[str, Any], name: str, others: Mapping[str, Any], other: str, digits: int
+) -> str:
+    """Difference of two measures of records with its interval, over the seeds that both have."""
+    both = [seed for seed in ours["seeds"] if seed in others["seeds"]]
+    pair = (
+        np.array([[record[key][record["seeds"].index(seed)]] for seed in both])
+        for record, key in ((ours, name), (others, other))
+    )
+    return signed(difference(*pair, paired=True), digits)
 
 
 def mean_text(values: NDArray[np.float64] | Sequence[float], digits: int) -> str:

@@ -19,6 +19,7 @@ from scripts.control_tables import (
     difference_grid,
     draw_grid,
     error_grid,
+    factor_grid,
     form_grid,
     gain_grid,
     policy_grid,
@@ -40,6 +41,13 @@ _CONTROL = {
     "policies": policy_grid,
     "row": row_grid,
 }
+# Of records that are not of runs.
+_MEASURES = {
+    "steps": step_grid,
+    "sources": source_grid,
+    "errors": error_grid,
+    "factors": factor_grid,
+}
 # Records with forms of SFT, by where their data were made.
 _FORMS = {
     "AMD": ("runs.json", "walker2d_replay_steps.json"),
@@ -51,7 +59,7 @@ _FORMS = {
         "halfcheetah_replay_forms.json",
         "walker2d_gaits.json",
         "walker2d_one_gait_again.json",
-        "hopper_one_gait.json",
+        "noise_sets.json",
     ),
 }
 # Loops of each record, and the differences that its page shows.
@@ -87,12 +95,8 @@ def with_tables(text: str, results: Path) -> str:
             grid = method_grid(name, results)
         elif name in _LOOPS:
             grid = _loop_grid(name, kind, results)
-        elif kind == "steps":
-            grid = step_grid(json.loads((results / name).read_text()))
-        elif kind == "sources":
-            grid = source_grid(json.loads((results / name).read_text()))
-        elif kind == "errors":
-            grid = error_grid(json.loads((results / name).read_text()))
+        elif kind in _MEASURES:
+            grid = _MEASURES[kind](json.loads((results / name).read_text()))
         elif kind == "gains":
             grid = gain_grid(
                 [

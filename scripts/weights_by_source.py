@@ -3,8 +3,8 @@
     python -m scripts.weights_by_source RUN ... [--out FILE]
 
 Each RUN is the folder of a finished run of control with weights, on a file of ``iwsft collect``
-that several policies made. Prints for each dataset, and for each policy that the curated set holds
-trajectories of:
+that several policies made. Prints for each dataset and algorithm, and for each policy that the
+curated set holds trajectories of:
 
 - trajectories: how many of them there are, and noise: the standard deviation of its actions' noise;
 - return: the mean return of its trajectories, over the draws;
@@ -55,8 +55,8 @@ def _of_trajectories(source: Source) -> tuple[NDArray[np.int64], Numbers, Number
 
 
 def measure(runs: list[Path]) -> list[dict[str, Any]]:
-    """The record of each dataset that the runs were made on."""
-    records: dict[str, dict[str, Any]] = {}
+    """The record of each dataset and algorithm of the runs."""
+    records: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
         config, out = read_run(run)
         (path,) = config["options"]["dataset"]
@@ -67,10 +67,12 @@ def measure(runs: list[Path]) -> list[dict[str, Any]]:
         ids, counts, weight, returns = _of_trajectories(of_run(Options(), run, config, out))
         source, number = np.searchsorted(last, ids, side="right"), len(policies)
         draws, shares = share(counts, source, number), share(counts * weight, source, number)
+        algo = "/".join(filter(None, (config["options"].get("variant"), config["algo"])))
         record = records.setdefault(
-            config["dataset"],
+            (config["dataset"], algo),
             {
                 "dataset": config["dataset"],
+                "algo": algo,
                 "fingerprint": config["settings"]["data"],
                 "seeds": [],
                 "sources": [
@@ -90,7 +92,7 @@ def measure(runs: list[Path]) -> list[dict[str, Any]]:
             },
         )
         if config["seed"] in record["seeds"]:
-            raise ValueError(f"{run}: there are two runs of this seed on {config['dataset']}")
+            raise ValueError(f"{run}: there are two runs of this seed")
         record["seeds"].append(config["seed"])
         for row, each in zip(record["sources"], shares[draws > 0], strict=True):
             row["weights"].append(float(each))
@@ -98,7 +100,7 @@ def measure(runs: list[Path]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure the runs, and print a line for each dataset."""
+    """Measure the runs, and print a line for each dataset and algorithm."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -176,7 +176,7 @@ def _schedule_apart(cell: Cell, group: Sequence[Cell]) -> list[str]:
     """A note where not all fine-tuning on a dataset has this cell's learning rate and updates."""
     others = [each.schedule for each in group if each.dataset == cell.dataset and each.schedule]
     differ = [
-        f"{_SCHEDULE[name]} {value:g}"
+        f"{_SCHEDULE[name]} {value:,g}"
         for name, value in cell.schedule.items()
         if any(other.get(name) != value for other in others)
     ]

@@ -19,6 +19,8 @@ from scripts.control_tables import (
     WEIGHTINGS,
     difference_grid,
     draw_grid,
+    error_grid,
+    factor_grid,
     form_grid,
     gain_grid,
     policy_grid,
@@ -55,8 +57,7 @@ def test_differences_of_control_are_those_of_paired_seeds() -> None:
     (row,) = (row for row in grid.rows if row[0] == "hopper-replay")
     for text, (first, second) in zip(row[1:], DIFFERENCES.values(), strict=True):
         interval = stats.ttest_rel(scores(first), scores(second)).confidence_interval()
-        low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
-        assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+        assert _ends(text) == pytest.approx((interval.low, interval.high), abs=0.051)
 
 
 def test_the_interval_over_draws_is_that_of_their_mean_differences() -> None:
@@ -75,8 +76,7 @@ def test_the_interval_over_draws_is_that_of_their_mean_differences() -> None:
             for name in names
         ]
         interval = stats.ttest_1samp(gains, 0).confidence_interval()
-        low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
-        assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+        assert _ends(text) == pytest.approx((interval.low, interval.high), abs=0.051)
 
 
 def test_gains_are_against_the_same_schedule_and_averaged_by_kind() -> None:
@@ -116,8 +116,7 @@ def test_forms_are_compared_with_equal_weights_of_their_curated_set() -> None:
     for ours, equal in pairs.items():
         gains = [score - scores[equal][seed] for seed, score in scores[ours].items()]
         interval = stats.ttest_1samp(gains, 0).confidence_interval()
-        low, high = texts[FORMS[ours]].partition("(")[2].rstrip(")").split(" to ")
-        assert (float(low), float(high)) == pytest.approx((interval.low, interval.high), abs=0.051)
+        assert _ends(texts[FORMS[ours]]) == pytest.approx((interval.low, interval.high), abs=0.051)
     assert texts[FORMS["k0/iw-sft"]] == texts[FORMS["k0/iw-sft-q"]] == "-"
 
 
@@ -132,8 +131,7 @@ def test_the_interval_over_base_models_is_that_of_their_mean_differences() -> No
     for text, algo in zip(last[2:4], ("iw-sft", "iw-sft-hard"), strict=True):
         gains = [np.mean(scores[name, algo]) - np.mean(scores[name, "sft"]) for name in names]
         interval = stats.ttest_1samp(gains, 0).confidence_interval()
-        low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
-        assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.00051)
+        assert _ends(text) == pytest.approx((interval.low, interval.high), abs=0.00051)
 
 
 def test_what_weights_gain_with_a_mixture_is_compared_by_seed() -> None:
@@ -156,8 +154,7 @@ def test_what_weights_gain_with_a_mixture_is_compared_by_seed() -> None:
         one, mixture = gains(algo)
         for text, values in zip(row[1:], (one, mixture, mixture - one), strict=True):
             interval = stats.ttest_1samp(values, 0).confidence_interval()
-            low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
-            assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+            assert _ends(text) == pytest.approx((interval.low, interval.high), abs=0.051)
 
 
 def test_the_walker2d_row_is_compared_by_seed() -> None:
@@ -170,8 +167,50 @@ def test_the_walker2d_row_is_compared_by_seed() -> None:
         ours, equal = (scores[variant] for variant in variants)
         gaps = [ours[seed] - equal[seed] for seed in sorted(ours.keys() & equal.keys())]
         interval = stats.ttest_1samp(gaps, 0).confidence_interval()
-        low, high = (float(end) for end in row[4].partition("(")[2].rstrip(")").split(" to "))
-        assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+        assert _ends(row[4]) == pytest.approx((interval.low, interval.high), abs=0.051)
+
+
+def test_actions_are_compared_with_those_of_equal_weights_by_seed() -> None:
+    records = json.loads((RESULTS / "imitation_error.json").read_text())
+    known = {
+        (record["dataset"], record["algo"]): dict(
+            zip(record["seeds"], record["error"], strict=True)
+        )
+        for record in records
+    }
+    for row, record in zip(error_grid(records).rows, records, strict=True):
+        ours, equal = (known[record["dataset"], algo] for algo in (record["algo"], "k0/iw-sft-q"))
+        gaps = [ours[seed] - equal[seed] for seed in ours if seed in equal]
+        if record["algo"] == "k0/iw-sft-q":
+            assert row[4] == "-"
+            continue
+        interval = stats.ttest_1samp(gaps, 0).confidence_interval()
+        assert _ends(row[4]) == pytest.approx((interval.low, interval.high), abs=0.00051)
+
+
+def test_a_factor_is_compared_with_the_weights_by_seed() -> None:
+    records = json.loads((RESULTS / "imitation_error.json").read_text())
+    scores = {
+        record["dataset"]: dict(zip(record["seeds"], record["score"], strict=True))
+        for record in records
+        if record["algo"] == "iw-sft-q"
+    }
+    rows = iter(factor_grid(records).rows)
+    for record in records:
+        for factor, scaled in record["scaled"].items():
+            row, weighted = next(rows), scores[record["dataset"]]
+            assert row[2] == factor
+            pairs = zip(record["seeds"], scaled, strict=True)
+            gaps = [score - weighted[seed] for seed, score in pairs if seed in weighted]
+            interval = stats.ttest_1samp(gaps, 0).confidence_interval()
+            assert _ends(row[6]) == pytest.approx((interval.low, interval.high), abs=0.051)
+    assert not [*rows]
+
+
+def _ends(text: str) -> tuple[float, float]:
+    """The ends of the interval that a cell shows."""
+    low, high = text.partition("(")[2].rstrip(")").split(" to ")
+    return float(low), float(high)
 
 
 def _cell(algo: str, wins: list[float]) -> Cell:
@@ -200,7 +239,7 @@ def test_models_are_compared_on_the_same_questions() -> None:
     assert base[2] == base[4] == sft[5] == "-"
     # A mean difference of 1/8 with a deviation of 1/4: t of 3 degrees of freedom is 3.1824.
     half = pytest.approx(3.1824 * 0.25 / 2, abs=1e-3)
-    low, high = (float(end) for end in sft[2].partition("(")[2].rstrip(")").split(" to "))
+    low, high = _ends(sft[2])
     assert sft[2].startswith("+0.125") and (high - low) / 2 == half
     assert dft[5].startswith("+0.500")
     assert (sft[-1], dft[-1], base[-1]) == ("1.0", "2.0", "-")
