@@ -58,7 +58,7 @@ def make(
 
     Raises:
         ValueError: The id is not registered, or the environment does not take the arguments.
-        TypeError: It is no id, such as an environment itself.
+        TypeError: It is something else than an id, such as an environment itself.
         ImportError: A package does not have the environment.
     """
     if not isinstance(env_id, str | EnvSpec):

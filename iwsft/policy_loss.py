@@ -38,7 +38,7 @@ from iwsft.validation import check_digits, check_links
 PRIORITY_WEIGHT = "priority_weight"
 # Names that data weights may have in place of their key.
 _WEIGHTS = ("data_weights", "weight", "weights")
-# Usual names of masks of the steps, and of those that mark the padding, mostly.
+# Usual names of masks of the steps that count, and of masks of the padding.
 _MASKS = ("masks", "mask", "attention_mask", "valid")
 _PADDING = ("pad_mask", "padding_mask", "action_is_pad")
 

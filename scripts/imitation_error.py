@@ -7,8 +7,9 @@ Each RUN is the folder of a finished run of control, on a file of ``iwsft collec
 trained policy, and g the mean action of the policy that made the trajectory, without noise. Prints
 for each dataset and algorithm, by seed:
 
-- error: |f - g|^2, mean over the states; noise: the same of the data's own actions;
+- error: |f - g|^2, mean over the states;
 - slope: least-squares slope, without a constant, of f on g. Below 1 the policy acts more weakly;
+- noise, noise_slope: the same two of the data's own actions in place of f;
 - score: that of the run, and of its policy with all actions multiplied by each factor.
 """
 
@@ -105,7 +106,7 @@ def measure(runs: list[Path], factors: list[float]) -> list[dict[str, Any]]:
                 "dataset": config["dataset"],
                 "fingerprint": config["settings"]["data"],
                 "algo": algo,
-                "noise": of_actions(actions, wanted)[0],
+                **dict(zip(("noise", "noise_slope"), of_actions(actions, wanted), strict=True)),
                 **{name: [] for name in ("seeds", "error", "slope", "score")},
                 "scaled": {f"{factor:g}": [] for factor in factors},
             },

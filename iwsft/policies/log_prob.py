@@ -271,11 +271,11 @@ def check_memory(policy: Any, batch: TensorDictBase, segments: Segments) -> None
 def check_apart(
     policy: Any, batch: TensorDictBase, segments: Segments, device: torch.device | str | None = None
 ) -> bool:
-    """Refuse a policy that looks across trajectories; whether there were two to compare.
+    """Refuse a policy that looks across trajectories; whether the batch has two.
 
     The second trajectory of a packed batch, or row of a padded one, must have the log-probs that it
-    has alone also behind the first, in eval mode. A policy with noise of its own passes. Random
-    state and buffers stay as they are.
+    has alone also behind the first, in eval mode. A policy with noise of its own passes, and so
+    does one that fails on a part of a batch. Random state and buffers stay as they are.
     """
     rows = len(segments.shape) == 2
     index = torch.arange(segments.shape[0]) if rows else segments.index
@@ -293,7 +293,7 @@ def check_apart(
             behind = step_log_prob(policy, both, torch.Size((stop, *width)))[start:]
             alone = step_log_prob(policy, alone, torch.Size((stop - start, *width)))
         except Exception:
-            # It reads whole batches alone; what is wrong with one is said where it is read.
+            # Some policies read only whole batches. One that fails on these raises there.
             return True
         finally:
             noisy = differs()

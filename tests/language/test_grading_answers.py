@@ -83,7 +83,7 @@ def grader() -> Iterator[Grader]:
         ("7", r"7\text{ or more}", False),
         ("7", r"7\text{ millimeters}", True),
         ("1, 2", r"1, 2, \dots", False),
-        # What is cut off is no answer.
+        # These answers are cut off.
         ("7", "7^", False),
         ("7", "7^{", False),
         ("7", "7_", False),

@@ -97,7 +97,7 @@ def test_one_that_looks_across_is_refused_at_once(kind: type[Own]) -> None:
     for read in (loss, lambda x: annotate_reference(kind(), x)):
         with pytest.raises(ValueError, match=f"alone, .* behind another; {says}"):
             read(data)
-    # Until it has seen two it goes on looking.
+    # It looks at each batch until one has two trajectories.
     loss = ImportanceWeightedMLE(kind(), proposal="reference")
     loss(data[:5] if kind is not ReadsTimeFirst else data[:1])
     with pytest.raises(ValueError, match=says):

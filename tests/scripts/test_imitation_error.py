@@ -64,6 +64,7 @@ def test_each_trajectory_is_compared_with_the_policy_that_made_it(tmp_path: Path
     assert (record["algo"], record["seeds"]) == ("k0/iw-sft-q", [0, 1])
     # The actions of the data are noise-free.
     assert record["noise"] == pytest.approx(0.0, abs=1e-9)
+    assert record["noise_slope"] == pytest.approx(1.0)
     wanted = curate(data, cuts=(90, 95, 98), ties="rank")
     for seed, run in enumerate(runs):
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
